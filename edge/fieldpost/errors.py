@@ -1,0 +1,45 @@
+"""What can go wrong, named for what the catcher should do.
+
+FieldpostError
+├── ConfigError     tell the person: every fault of the configuration, by path
+├── Unreachable     wait and try again: the far side can't take anything now
+├── Rejected        set aside: the far side will never take this message
+├── Malformed       count and drop: what came from the network is not the protocol
+└── SpoolFault      stop acknowledging: the disk did not keep what it was given
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class FieldpostError(Exception):
+    """Any error that Fieldpost itself raises."""
+
+
+class ConfigError(FieldpostError):
+    """The configuration can't be used. `faults` has one sentence each, with its path."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = tuple(faults)
+
+
+class Unreachable(FieldpostError):
+    """The far side can't take anything now; nothing is lost, wait and try again."""
+
+
+class Rejected(FieldpostError):
+    """The far side refused this message for good; the text is the far side's reason."""
+
+
+class Malformed(FieldpostError):
+    """A message from the network is not the protocol. `reason` is one of a few fixed words, to count by."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+class SpoolFault(FieldpostError):
+    """The spool could not be written; what was handed over counts as not kept."""

@@ -1,0 +1,74 @@
+"""A reading: what one node measured at one moment, and the few values that travel with it.
+
+Its identity `(node, install, boot, seq)` stays the same from the sensor to the upstream message. What the
+gateway itself has to report (gaps, presence) travels as readings of the node `gateway`, so that it is kept,
+ordered and confirmed in the same way.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+GATEWAY = "gateway"
+"""The reserved node name under which the gateway numbers its own records."""
+
+Value = int | str | None
+"""A channel's value: a scaled integer, the reason of a failed read, or None (not due in this sample)."""
+
+
+class Channel(msgspec.Struct, frozen=True, array_like=True):
+    """One column of a node's readings; `value / scale` is in `unit` (SenML unit, RFC 8428 section 12.1)."""
+
+    name: str
+    unit: str
+    scale: int
+    sensor: str
+    kind: str
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What the columns of a node's readings mean. `hash` is the first 8 hex of sha256 over the payload."""
+
+    hash: str
+    channels: tuple[Channel, ...]
+    period_ms: int
+
+
+class Event(msgspec.Struct, frozen=True, array_like=True):
+    """What the gateway reports about a node: `kind` is `gap` or `presence`.
+
+    A gap: rows `first` to `last` of `(node, install, boot)` will never come, `why` says who gave them up; `last`
+    None means "from `first` on, number unknown". Presence: `why` is the new state (`up`, `lost`, `bye`, ...).
+    """
+
+    kind: str
+    node: str
+    install: str
+    boot: int
+    first: int
+    last: int | None
+    why: str
+
+
+class Reading(msgspec.Struct, frozen=True, array_like=True):
+    """One row. Times are unix milliseconds; `time_ms` is None where not even an interval is known.
+
+    The moment of measurement lies within `time_ms ± error_ms`. `uptime_ms` is the node's own clock in the boot
+    `boot` when it measured. `event` is set, and `values` empty, for the gateway's own records.
+    """
+
+    node: str
+    install: str
+    boot: int
+    seq: int
+    uptime_ms: int
+    time_ms: int | None
+    error_ms: int
+    manifest: str
+    values: tuple[Value, ...]
+    event: Event | None = None
+
+    @property
+    def id(self) -> str:
+        """The identity as one word, the same in every repeat: `greenhouse-1.a1b2c3d4e5f6.3.17`."""
+        return f"{self.node}.{self.install}.{self.boot}.{self.seq}"
