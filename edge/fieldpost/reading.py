@@ -51,10 +51,10 @@ class Event(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Reading(msgspec.Struct, frozen=True, array_like=True):
-    """One row. Times are unix milliseconds; `time_ms` is None where not even an interval is known.
+    """One row, measured within `time_ms ± error_ms` (unix milliseconds).
 
-    The moment of measurement lies within `time_ms ± error_ms`. `uptime_ms` is the node's own clock in the boot
-    `boot` when it measured. `event` is set, and `values` empty, for the gateway's own records.
+    An `error_ms` of -1 means: not later than `time_ms`, how much earlier is not known. `uptime_ms` is the node's own
+    clock, in the boot `boot`, when it measured. The gateway's own records have an `event` and no values.
     """
 
     node: str
@@ -62,7 +62,7 @@ class Reading(msgspec.Struct, frozen=True, array_like=True):
     boot: int
     seq: int
     uptime_ms: int
-    time_ms: int | None
+    time_ms: int
     error_ms: int
     manifest: str
     values: tuple[Value, ...]

@@ -1,0 +1,152 @@
+"""SenML JSON (RFC 8428): one pack a batch, readings grouped by node, their order kept within a node.
+
+Base name is `<node>/`, base time the row's. Besides RFC 8428's labels a record may carry ours; like base fields they
+hold until changed, and a reader that does not know them may ignore them (section 4.4):
+
+- `i`, `b`, `q`: install, boot and seq, with the node's name the identity of the row that begins here;
+- `e`: the row was measured within that many seconds of its time; -1: not later than its time, earliest not known;
+- `about`: of a gap or presence record, `[node, install, boot, first, last]`.
+
+A failed read is a string value under the name `<channel>/fault`, so that it is never taken for a number.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from ..errors import Malformed
+from ..reading import Channel, Event, Manifest, Reading
+
+CONTENT_TYPE = "application/senml+json"
+
+
+def encode(readings: Sequence[Reading], manifests: Mapping[str, Manifest]) -> bytes:
+    """A pack. Every manifest that the readings name must be in `manifests`."""
+    by_node: dict[str, list[Reading]] = {}
+    for reading in readings:
+        by_node.setdefault(reading.node, []).append(reading)
+    records: list[str] = []
+    for rows in by_node.values():
+        _encode_node(rows, manifests, records)
+    return ("[" + ",".join(records) + "]").encode()
+
+
+def _encode_node(rows: Iterable[Reading], manifests: Mapping[str, Manifest], records: list[str]) -> None:
+    boot: tuple[str, int] | None = None
+    error_ms: int | None = None
+    prefixes: dict[str, list[tuple[str, str, int]]] = {}
+    for row in rows:
+        head = f'"bt":{row.time_ms / 1000:.3f},"q":{row.seq},'
+        if (row.install, row.boot) != boot:
+            first = f'"bn":"{row.node}/",' if boot is None else ""
+            head = f'{first}"i":"{row.install}","b":{row.boot},{head}'
+            boot = (row.install, row.boot)
+        if row.error_ms != error_ms:
+            head += f'"e":{row.error_ms / 1000 if row.error_ms >= 0 else -1:g},'
+            error_ms = row.error_ms
+        if row.event is not None:
+            records.append("{" + head + _event(row.event) + "}")
+            continue
+        columns = prefixes.get(row.manifest)
+        if columns is None:
+            columns = prefixes[row.manifest] = [_labels(c) for c in manifests[row.manifest].channels]
+        for value, (number, fault, scale) in zip(row.values, columns, strict=False):
+            if isinstance(value, int):
+                records.append(f"{{{head}{number}{value if scale == 1 else value / scale}}}")
+            elif value is not None:
+                records.append(f'{{{head}{fault}"{value}"}}')
+            else:
+                continue
+            head = ""
+        if head:  # nothing was due in this row: its identity travels all the same
+            records.append("{" + head + '"n":"nothing-due","vb":true}')
+
+
+def _labels(channel: Channel) -> tuple[str, str, int]:
+    unit = f'"u":{_text(channel.unit)},' if channel.unit else ""
+    return f'"n":"{channel.name}",{unit}"v":', f'"n":"{channel.name}/fault","vs":', channel.scale
+
+
+def _event(event: Event) -> str:
+    about = msgspec.json.encode((event.node, event.install, event.boot, event.first, event.last)).decode()
+    return f'"n":"{event.kind}","vs":{_text(event.why)},"about":{about}'
+
+
+def _text(value: str) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+@dataclass(slots=True)
+class Arrived:
+    """A row as somebody upstream sees it. `values` by channel: (value or reason of failure, unit)."""
+
+    node: str
+    install: str
+    boot: int
+    seq: int
+    time_s: float
+    error_s: float
+    values: dict[str, tuple[float | str, str]] = field(default_factory=dict)
+    event: Event | None = None
+
+    @property
+    def id(self) -> str:
+        """The identity as one word, the same in every repeat."""
+        return f"{self.node}.{self.install}.{self.boot}.{self.seq}"
+
+
+class _Record(msgspec.Struct):
+    bn: str | None = None
+    bt: float | None = None
+    i: str | None = None
+    b: int | None = None
+    q: int | None = None
+    e: float | None = None
+    n: str = ""
+    u: str = ""
+    v: float | None = None
+    vs: str | None = None
+    about: tuple[str, str, int, int, int | None] | None = None
+
+
+_pack = msgspec.json.Decoder(list[_Record])
+MAX_PACK_BYTES = 64 * 1024 * 1024
+
+
+def decode(body: bytes) -> Iterator[Arrived]:
+    """The rows of a pack, zlib'd or plain. Raises Malformed where it is not one of ours."""
+    try:
+        if not body.startswith(b"["):
+            unpacker = zlib.decompressobj()
+            body = unpacker.decompress(body, MAX_PACK_BYTES)
+            if unpacker.unconsumed_tail:
+                raise Malformed("size", f"more than {MAX_PACK_BYTES} bytes")
+        records = _pack.decode(body)
+    except (msgspec.MsgspecError, zlib.error) as error:
+        raise Malformed("senml", str(error)) from None
+    node, install, boot, time_s, error_s = "", "", 0, 0.0, 0.0
+    row: Arrived | None = None
+    for record in records:
+        node = record.bn.rstrip("/") if record.bn is not None else node
+        install = record.i if record.i is not None else install
+        boot = record.b if record.b is not None else boot
+        time_s = record.bt if record.bt is not None else time_s
+        error_s = record.e if record.e is not None else error_s
+        if record.q is not None:
+            if row is not None:
+                yield row
+            row = Arrived(node, install, boot, record.q, time_s, error_s)
+        if row is None:
+            raise Malformed("senml", "a record before the first `q`")
+        if record.about is not None:
+            row.event = Event(record.n, *record.about, why=record.vs or "")
+        elif record.v is not None:
+            row.values[record.n] = (record.v, record.u)
+        elif record.vs is not None:
+            row.values[record.n.removesuffix("/fault")] = (record.vs, record.u)
+    if row is not None:
+        yield row
