@@ -25,10 +25,12 @@ class Node:
     connection: int = 0
     firmware: str = ""
     queued: int = 0
+    uptime_ms: int = 0
     last_seq: int | None = None
     last_seen_ms: int = -1
     readings: int = 0
     missing: int = 0
+    ended: dict[tuple[str, int], int | None] = field(default_factory=dict)
     installs: dict[str, int] = field(default_factory=dict)
     conflict: str = ""
     conflict_ms: int = -1
@@ -48,23 +50,32 @@ class Presence:
     def node(self, name: str) -> Node:
         return self.nodes.setdefault(name, Node())
 
-    def take(self, name: str, state: State, now_ms: int) -> Event | None:
-        """A state came in; returns the presence record to be sent upstream, if anything changed."""
+    def take(self, name: str, state: State, now_ms: int, *, live: bool) -> Event | None:
+        """A state came in (not `live`: one that the broker had retained); returns what upstream should know of it."""
         node = self.node(name)
         if state.st == "lost":
             if (state.install, state.boot, state.connection) != (node.install, *node.newest) and node.install:
                 self.stale_wills += 1
                 return None
         else:
-            self._notice_conflict(name, node, state, now_ms)
-            node.last_seen_ms = now_ms
+            if live:
+                self._notice_conflict(name, node, state, now_ms)
+                node.last_seen_ms = now_ms
             node.firmware, node.queued, node.last_seq = state.firmware, state.queued, state.last_seq
+        self._remember_end(node, state)
         before = (node.st, node.install, *node.newest)
         node.st, node.install = state.st, state.install
         node.boot, node.connection = state.boot, state.connection
         if before == (node.st, node.install, *node.newest):
             return None
         return Event("presence", name, state.install, state.boot, state.connection, None, state.st)
+
+    def _remember_end(self, node: Node, state: State) -> None:
+        """The last seq that a boot told; the gap at a boot's end is known by it."""
+        if state.last_seq is not None:
+            node.ended[(state.install, state.boot)] = state.last_seq
+            while len(node.ended) > 4:
+                del node.ended[next(iter(node.ended))]
 
     def conflict(self, name: str, now_ms: int) -> str:
         """Why a node is thought to be two, or nothing."""
@@ -82,9 +93,10 @@ class Presence:
             others = sorted(install for install in node.installs if install != state.install)
             node.conflict = f"two boards use the id {name}: installs {state.install} and {', '.join(others)}"
             node.conflict_ms = now_ms
-        elif newest is not None and this < newest:
+        elif newest is not None and (this < newest or (this == newest and (state.uptime_ms or 0) < node.uptime_ms)):
             node.conflict = f"two boards use the id {name}: both say that they are install {state.install}"
             node.conflict_ms = now_ms
         node.installs[state.install] = max(this, newest or 0)
+        node.uptime_ms = state.uptime_ms or 0
         while len(node.installs) > 4:
             del node.installs[next(iter(node.installs))]

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +167,11 @@ class Spool:
     # What comes in.
 
     @property
+    def stage_readings(self) -> int:
+        """How many readings may be in memory only."""
+        return self._settings.stage_readings
+
+    @property
     def room(self) -> int:
         """How many readings may be appended now; 0 while the spool is full or the card fails."""
         if self._trouble:
@@ -198,6 +203,10 @@ class Spool:
         """The boots known of a node, oldest first."""
         return self._marks.boots(node)
 
+    def known(self) -> list[tuple[Key, int]]:
+        """Every boot that is known, with its `upto`."""
+        return self._marks.known()
+
     def report(self, event: Event) -> None:
         """Say something upstream as a record of the gateway's own; a gap goes into the ledger as well."""
         now_ms = time.time_ns() // 1_000_000
@@ -216,6 +225,11 @@ class Spool:
         if manifest.hash not in self._manifests:
             self._manifests[manifest.hash] = manifest
             self._new_manifests.append(manifest)
+
+    @property
+    def manifests(self) -> Mapping[str, Manifest]:
+        """What the hashes that readings name mean."""
+        return self._manifests
 
     def manifest(self, hash_: str) -> Manifest | None:
         return self._manifests.get(hash_)

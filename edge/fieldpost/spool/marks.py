@@ -107,6 +107,10 @@ class Marks:
         marks = self._boots.get(key)
         return marks.upto if marks else -1
 
+    def known(self) -> list[tuple[Key, int]]:
+        """Every boot, with its `upto`."""
+        return [(key, marks.upto) for key, marks in self._boots.items()]
+
     def boots(self, node: str) -> list[Key]:
         """The boots known of a node, in the order in which they were first seen."""
         return list(self._by_node.get(node, ()))

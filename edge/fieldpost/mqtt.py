@@ -1,0 +1,170 @@
+"""A connection to the nodes' broker: aiomqtt (once asyncio-mqtt), thinly wrapped.
+
+The public iterator of aiomqtt acknowledges a message before anybody has looked at it, and its queue drops messages
+when it is bounded. So messages go straight from paho to `on_message`, and are acknowledged by `acknowledge` when
+they are safe. That takes private names of aiomqtt 2.5.1 (`_client`, `_disconnected`); a test guards them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiomqtt
+import paho.mqtt.client as paho
+
+from .errors import Unreachable
+
+KEEPALIVE_S = 10
+"""A broker that falls silent is noticed within two of these."""
+
+TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a broker listens: a unix `socket`, or `host` and `port`; and as whom to come."""
+
+    username: str
+    password: str = field(repr=False)
+    host: str = "127.0.0.1"
+    port: int = 1883
+    socket: Path | None = None
+
+    def __str__(self) -> str:
+        return str(self.socket) if self.socket else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A message from the broker. `mid` is what `acknowledge` wants; 0 where the message needs none."""
+
+    topic: str
+    payload: bytes
+    mid: int
+    retained: bool
+    repeated: bool
+
+
+class Connection:
+    """An open connection; made by `connect`, of no use after it was lost."""
+
+    def __init__(self, client: aiomqtt.Client, on_message: Callable[[Incoming], None]) -> None:
+        self._aio = client
+        self._paho = client._client
+        self._on_message = on_message
+        self._paho.on_message = self._take
+
+    async def subscribe(self, topics: list[tuple[str, int]]) -> None:
+        """Returns after the broker's SUBACK. Raises Unreachable, also where the broker refuses a topic."""
+        try:
+            granted = await self._aio.subscribe(topics)
+        except aiomqtt.MqttError as error:
+            raise Unreachable(str(error)) from None
+        codes = [code if isinstance(code, int) else code.value for code in granted]
+        refused = [topic for (topic, _), code in zip(topics, codes, strict=True) if code >= 0x80]
+        if refused:
+            raise Unreachable(f"the broker lets us not subscribe to {', '.join(refused)}; look at its ACL")
+
+    def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> None:
+        """Hand a message to the connection and go on; what is lost with the connection is published again by
+        whoever takes up the next one. Raises Unreachable."""
+        info = self._paho.publish(topic, payload, qos, retain)
+        if info.rc != paho.MQTT_ERR_SUCCESS:
+            raise Unreachable(f"not published: {paho.error_string(info.rc)}")
+
+    async def publish_and_wait(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        """Publish at QoS 1 and wait for the broker's PUBACK. Raises Unreachable."""
+        try:
+            await self._aio.publish(topic, payload, qos=1, retain=retain)
+        except aiomqtt.MqttError as error:
+            raise Unreachable(str(error)) from None
+
+    def acknowledge(self, mid: int) -> None:
+        """Send the PUBACK of a message that came at QoS 1 on this connection."""
+        if mid and not self.is_lost:
+            self._paho.ack(mid, 1)
+
+    @property
+    def is_lost(self) -> bool:
+        return self._aio._disconnected.done()
+
+    async def lost(self) -> None:
+        """Wait until the connection is gone; raises Unreachable with the reason."""
+        try:
+            await asyncio.shield(self._aio._disconnected)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # whatever paho's callbacks ended with
+            raise Unreachable(str(error) or type(error).__name__) from None
+        raise Unreachable("disconnected")
+
+    def _take(self, client: paho.Client, userdata: object, message: paho.MQTTMessage) -> None:
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            topic = ""
+        mid = message.mid if message.qos == 1 else 0
+        self._on_message(Incoming(topic, bytes(message.payload), mid, message.retain, message.dup))
+
+
+@asynccontextmanager
+async def connect(
+    address: Address,
+    client_id: str,
+    on_message: Callable[[Incoming], None],
+    *,
+    will: tuple[str, bytes] | None = None,
+    keepalive_s: int = KEEPALIVE_S,
+) -> AsyncIterator[Connection]:
+    """Connect with a clean session: what was in flight on an older connection is never acknowledged on this one.
+
+    `will` is (topic, payload), retained. Raises Unreachable.
+    """
+    client = aiomqtt.Client(
+        hostname=str(address.socket) if address.socket else address.host,
+        port=0 if address.socket else address.port,
+        transport="unix" if address.socket else "tcp",
+        username=address.username or None,
+        password=address.password or None,
+        identifier=client_id,
+        clean_session=True,
+        keepalive=keepalive_s,
+        timeout=TIMEOUT_S,
+        max_inflight_messages=100,  # paho looks through its messages out at every acknowledgement
+        will=aiomqtt.Will(will[0], will[1], qos=1, retain=True) if will else None,
+    )
+    client.pending_calls_threshold = 1000
+    client._client.manual_ack_set(True)
+    connection = Connection(client, on_message)
+    try:
+        await client.__aenter__()
+    except aiomqtt.MqttError as error:
+        _silence(client)
+        raise Unreachable(f"{address}: {error}") from None
+    try:
+        yield connection
+    finally:
+        with contextlib.suppress(aiomqtt.MqttError):
+            await client.__aexit__(None, None, None)
+        _silence(client)
+
+
+def _silence(client: aiomqtt.Client) -> None:
+    """Let go of a connection whatever state it is in: nobody else closes paho's socket after a fault."""
+    client._client.on_message = None
+    sock = client._client.socket()
+    if sock is not None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(sock.fileno())
+        loop.remove_writer(sock.fileno())
+        sock.close()
+    if client._misc_task is not None:
+        client._misc_task.cancel()
+    for future in (client._disconnected, client._connected):
+        if future.done() and not future.cancelled():
+            future.exception()  # looked at: it needs no warning that nobody did

@@ -1,0 +1,31 @@
+"""Which reading goes where, as what: a route's batch becomes a message. Plain functions, no I/O."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Mapping, Sequence
+
+from .forms import senml
+from .reading import Manifest, Reading
+from .uplinks.base import Message
+
+COMPRESS_FROM_BYTES = 120
+"""Below this zlib's dictionary has nothing to work with and the result is longer."""
+
+
+def message(readings: Sequence[Reading], manifests: Mapping[str, Manifest]) -> Message:
+    """The message for a batch; the same batch gives the same id."""
+    body = senml.encode(readings, manifests)
+    encoding = ""
+    if len(body) >= COMPRESS_FROM_BYTES:
+        body, encoding = zlib.compress(body, 6), "deflate"
+    return Message(message_id(readings), body, senml.CONTENT_TYPE, encoding, len(readings))
+
+
+def message_id(readings: Sequence[Reading]) -> str:
+    """A single reading's own id; of more, the first one's, their count and a digest over all ids."""
+    if len(readings) == 1:
+        return readings[0].id
+    digest = hashlib.sha256("\n".join(reading.id for reading in readings).encode()).hexdigest()[:16]
+    return f"{readings[0].id}+{len(readings)}.{digest}"
