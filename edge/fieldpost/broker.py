@@ -277,8 +277,8 @@ max_keepalive 600
 
     def _command(self) -> list[str]:
         # A socket left by a killed mosquitto would keep the next one from listening.
-        if self._config.socket is not None:
-            self._config.socket.unlink(missing_ok=True)
+        self._config.socket.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+        self._config.socket.unlink(missing_ok=True)
         return [self._program, "-c", str(self._conf)]
 
     def _orphan(self) -> int:

@@ -127,7 +127,7 @@ async def connect(
     """
     client = aiomqtt.Client(
         hostname=str(address.socket) if address.socket else address.host,
-        port=0 if address.socket else address.port,
+        port=address.port,  # paho wants one, for a unix socket too
         transport="unix" if address.socket else "tcp",
         username=address.username or None,
         password=address.password or None,

@@ -99,6 +99,8 @@ class Session:
     def _take_control(self, message: Incoming) -> None:
         """A node's state or last will."""
         control = self._control
+        if message.topic == wire.GATEWAY_STATE:
+            return  # our own, which the nodes' topics match as well
         try:
             node, leaf = wire.parse_topic(message.topic)
             if leaf != "state":

@@ -64,8 +64,11 @@ class Address:
     def check_options(self, *names: str) -> None:
         """Raises ConfigError when the URL has an option that is neither in `names` nor about TLS."""
         known = _TLS_OPTIONS.union(names)
-        faults = [f"url: no option {name!r}; there are {', '.join(sorted(known))}"
-                  for name, _ in self.options if name not in known]
+        faults = [
+            f"url: no option {name!r}; there are {', '.join(sorted(known))}"
+            for name, _ in self.options
+            if name not in known
+        ]
         if faults:
             raise ConfigError(faults)
 

@@ -1,11 +1,11 @@
 """An uplink without a far side: what is delivered lies in a list, and every fault is a switch.
 
-    uplink = MemoryUplink()
-    await uplink.open()
-    uplink.silent = True                # confirmations are held from here on
-    waiting = asyncio.create_task(uplink.deliver(message))
-    uplink.release()                    # confirm what is held
-    assert uplink.delivered == [message]
+uplink = MemoryUplink()
+await uplink.open()
+uplink.silent = True                # confirmations are held from here on
+waiting = asyncio.create_task(uplink.deliver(message))
+uplink.release()                    # confirm what is held
+assert uplink.delivered == [message]
 """
 
 from __future__ import annotations

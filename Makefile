@@ -1,0 +1,68 @@
+# Two commands matter: `make demo` shows the whole way of a reading without hardware, `make test` proves it.
+# Everything that they need on a fresh Debian or Raspberry Pi OS machine is installed by their own steps.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+UPY    := build/upy
+SUDO   := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+
+# micropython-umqtt.simple 1.3.4 as the registry has it; pip refuses its sdist, pipkin unpacks it.
+UMQTT        := micropython-umqtt.simple==1.3.4
+UMQTT_SHA256 := $(shell cat device/umqtt.sha256)
+
+.PHONY: help demo test quick prove lint servers clean
+
+help:
+	@echo "make demo [SECONDS=40]  the whole way on this machine: no hardware, no root"
+	@echo "make test               install what the tests need (mosquitto, rabbitmq by apt), then run everything"
+	@echo "make quick              the quick part of the tests"
+	@echo "make prove              benchmarks and long proofs; writes tests/bench/RESULTS.md, tests/faults/REPORT.md"
+
+demo: $(VENV)/demo.stamp $(UPY)/umqtt/simple.py
+	@FIELDPOST_UMQTT=$(CURDIR)/$(UPY) $(BIN)/fieldpost demo $(if $(SECONDS),--seconds $(SECONDS))
+
+test: servers $(VENV)/test.stamp $(UPY)/umqtt/simple.py lint
+	$(BIN)/python -m pytest
+
+quick: $(VENV)/test.stamp $(UPY)/umqtt/simple.py
+	$(BIN)/python -m pytest -m "not slow"
+
+prove: servers $(VENV)/test.stamp $(UPY)/umqtt/simple.py
+	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.faults
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Debian starts both as services, which the tests do not use: they start their own on free ports.
+servers:
+	@if ! command -v mosquitto >/dev/null && ! [ -x /usr/sbin/mosquitto ] || ! [ -x /usr/sbin/rabbitmq-server ]; then \
+	  set -x; $(SUDO) apt-get update -qq && \
+	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends mosquitto rabbitmq-server iproute2; \
+	fi
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.stamp: $(VENV)/bin/pip pyproject.toml $(shell find edge device -name '*.py' -o -name '*.sql')
+	@echo "installing into $(VENV) ..."
+	@$(BIN)/pip install --quiet --disable-pip-version-check '.[demo]'
+	@touch $@
+
+# Editable, so that a change is tested without another install.
+$(VENV)/test.stamp: $(VENV)/bin/pip pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+$(UPY)/umqtt/simple.py: device/umqtt.sha256 | $(VENV)/bin/pip
+	@$(BIN)/pip install --quiet --disable-pip-version-check pipkin==2.2b1
+	@rm -rf $(UPY) && mkdir -p $(UPY)
+	@$(BIN)/pipkin --quiet --dir $(UPY) install --no-mp-org $(UMQTT)
+	@echo "$(UMQTT_SHA256)  $(UPY)/umqtt/simple.py" | sha256sum --check --quiet \
+	  || { rm -rf $(UPY); echo "umqtt.simple is not the one that we know: see device/umqtt.sha256" >&2; exit 1; }
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,5 @@
+"""`python -m fieldpost`: the command line."""
+
+from .cli import main
+
+main()
