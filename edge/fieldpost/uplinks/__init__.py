@@ -16,6 +16,7 @@ def make(config: UplinkConfig, client_id: str) -> Uplink:
         return AmqpUplink(
             AmqpSettings(
                 url=config.url,
+                username=config.username,
                 password=config.password,
                 exchange=config.exchange,
                 routing_key=config.routing_key,

@@ -9,10 +9,10 @@ The names of the TLS options are those of RabbitMQ's URI specification, for MQTT
 from __future__ import annotations
 
 import ssl
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from fieldpost.errors import ConfigError
+from ..errors import ConfigError
 
 _PORTS = {"amqp": 5672, "amqps": 5671, "mqtt": 1883, "mqtts": 8883}
 _TLS_OPTIONS = frozenset({"cacertfile", "certfile", "keyfile", "verify"})
@@ -56,6 +56,10 @@ class Address:
             path=unquote(parts.path[1:]) if parts.path else None,
             options=tuple(parse_qsl(parts.query)),
         )
+
+    def login(self, user: str, password: str) -> Address:
+        """The same place with another login; what is empty stays as the URL has it."""
+        return replace(self, user=user or self.user, password=password or self.password)
 
     def option(self, name: str, default: str = "") -> str:
         """The value behind `?name=`."""

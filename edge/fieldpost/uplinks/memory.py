@@ -14,15 +14,15 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fieldpost.errors import Rejected, Unreachable
-from fieldpost.uplinks.base import Message, UplinkStatus
+from ..errors import Rejected, Unreachable
+from .base import Message, UplinkStatus
 
 
 @dataclass(frozen=True, slots=True)
 class MemorySettings:
-    """`deadline_s`: how long a held confirmation is waited for, in seconds."""
+    """`timeout_s`: how long a held confirmation is waited for, in seconds."""
 
-    deadline_s: float = 15.0
+    timeout_s: float = 15.0
 
 
 class MemoryUplink:
@@ -30,7 +30,7 @@ class MemoryUplink:
 
     `unreachable`, when it isn't empty, is why nothing can be delivered; setting it loses the link. `reject`
     gives the reason why a message is refused for good, or None. While `silent`, messages are taken but not
-    confirmed: `release` confirms them, `deadline_s` and `close` give them up.
+    confirmed: `release` confirms them, `timeout_s` and `close` give them up.
     """
 
     def __init__(self, settings: MemorySettings | None = None) -> None:
@@ -93,10 +93,10 @@ class MemoryUplink:
         waiter = asyncio.get_running_loop().create_future()
         self._held.append(waiter)
         try:
-            async with asyncio.timeout(self.settings.deadline_s):
+            async with asyncio.timeout(self.settings.timeout_s):
                 await waiter
         except TimeoutError:
-            reason = f"no confirmation within {self.settings.deadline_s:g} s"
+            reason = f"no confirmation within {self.settings.timeout_s:g} s"
             self._lose(reason)
             raise Unreachable(reason) from None
 
