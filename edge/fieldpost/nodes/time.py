@@ -23,7 +23,7 @@ FEW_MESSAGES = 10
 
 DELAY_FEW_MS = 1000
 DELAY_MS = 50
-"""Delays that the smallest one may hide (one way can't be measured): before and after FEW_MESSAGES."""
+"""Delays that the smallest one may hide: before and after FEW_MESSAGES. An estimate, one way can't be measured."""
 
 EARLIEST_UNKNOWN = -1
 KEPT_BOOTS = 4
@@ -51,10 +51,12 @@ class BootClock:
         """CLOCK_BOOTTIME at uptime 0."""
         return self._minima[0][1]
 
-    def error_ms(self, distance_ms: int) -> int:
-        """How far off a date is that lies `distance_ms` from the newest message."""
+    def error_ms(self, now_ms: int, uptime_ms: int) -> int:
+        """How far off the date of `uptime_ms` may be, at `now_ms`: delay, and drift since the offset was heard."""
         delay = DELAY_MS if self.heard >= FEW_MESSAGES else DELAY_FEW_MS
-        return delay + abs(distance_ms) * DRIFT_PPM // 1_000_000
+        heard_ms, offset_ms = self._minima[0]
+        since_heard = max(abs(now_ms - heard_ms), abs(heard_ms - offset_ms - uptime_ms))
+        return delay + since_heard * DRIFT_PPM // 1_000_000
 
 
 @dataclass(slots=True)
@@ -95,8 +97,7 @@ class Dating:
         clock = known.boots.get((install, boot))
         step = unix_ms - boottime_ms
         if clock is not None:
-            newest = boottime_ms - clock.offset_ms
-            dated = [(step + clock.offset_ms + uptime, clock.error_ms(newest - uptime)) for uptime in uptimes_ms]
+            dated = [(step + clock.offset_ms + at, clock.error_ms(boottime_ms, at)) for at in uptimes_ms]
         elif anchor is not None:
             dated = [
                 (

@@ -1,0 +1,62 @@
+"""Dates for nodes without a clock: a delay only adds, so the smallest offset is the best."""
+
+from __future__ import annotations
+
+import random
+
+from fieldpost.nodes.time import DELAY_FEW_MS, DELAY_MS, DRIFT_PPM, EARLIEST_UNKNOWN, WINDOW_MS, Dating
+from fieldpost.wire import Anchor
+
+I = "a1b2c3d4e5f6"  # noqa: E741  # the protocol's own letter
+UNIX = 1_763_900_000_000
+
+
+def dated(
+    dating: Dating, uptimes: list[int], now: int, *, boot: int = 1, anchor: Anchor | None = None
+) -> list[tuple[int, int]]:
+    return dating.date("n1", I, boot, uptimes, anchor, now, UNIX + now)
+
+
+def test_the_smallest_delay_dates_and_later_messages_improve_it() -> None:
+    dating = Dating()
+    dating.hear("n1", I, 1, 1_000, 11_700)  # booted at 10 000, 700 ms on the way
+    assert dated(dating, [1_000], 11_700) == [(UNIX + 11_700, DELAY_FEW_MS)]
+    dating.hear("n1", I, 1, 5_000, 15_020)
+    assert dated(dating, [1_000, 5_000], 15_020) == [(UNIX + 11_020, DELAY_FEW_MS), (UNIX + 15_020, DELAY_FEW_MS)]
+
+
+def test_the_true_moment_lies_within_the_error_for_a_crystal_that_drifts() -> None:
+    chance = random.Random(7)
+    for ppm in (-50, 0, 50):
+        dating, boot_at = Dating(), 100_000
+        for minute in range(1, 60 * 24):
+            true_ms = minute * 60_000
+            uptime = true_ms + true_ms * ppm // 1_000_000
+            # The first message is no faster than the radio lets it; later some are quick, most are not.
+            delay = chance.choice([5, 8, 20, 40, 3_000]) if minute > 1 else 900
+            dating.hear("n1", I, 1, uptime, boot_at + true_ms + delay)
+            ((at, error),) = dated(dating, [uptime], boot_at + true_ms + delay)
+            assert abs(at - (UNIX + boot_at + true_ms)) <= error
+            assert error <= DELAY_FEW_MS + WINDOW_MS * DRIFT_PPM // 1_000_000
+    assert error <= DELAY_MS + WINDOW_MS * DRIFT_PPM // 1_000_000
+
+
+def test_an_older_boot_is_dated_by_its_anchor() -> None:
+    anchor = Anchor(uptime_ms=50_000, unix_ms=UNIX, precision_ms=20)
+    ((at, error),) = dated(Dating(), [80_000], 900_000, anchor=anchor)
+    assert at == UNIX + 30_000
+    assert error == 20 + 30_000 * DRIFT_PPM // 1_000_000
+
+
+def test_a_boot_that_never_heard_the_time_lies_between_its_neighbours() -> None:
+    dating = Dating()
+    dating.hear("n1", I, 1, 0, 10_000)
+    dated(dating, [20_000], 30_000)  # the last of boot 1, at 30 000
+    dating.hear("n1", I, 3, 0, 90_000)  # boot 3 began at 90 000
+    assert dated(dating, [7_000], 95_000, boot=2) == [(UNIX + 60_000, 30_000)]
+
+
+def test_a_first_boot_that_never_heard_the_time_is_not_later_than_the_next() -> None:
+    dating = Dating()
+    dating.hear("n1", I, 2, 0, 90_000)
+    assert dated(dating, [7_000], 95_000, boot=1) == [(UNIX + 90_000, EARLIEST_UNKNOWN)]
