@@ -527,13 +527,18 @@ async def test_mqtt_5_respects_what_the_broker_can_take(tmp_path: Path) -> None:
         await uplink.close()
 
 
-async def test_mqtt_5_payload_over_the_limit_is_rejected_by_the_broker(tmp_path: Path) -> None:
+async def test_mqtt_5_finds_the_message_that_the_broker_hangs_up_for(tmp_path: Path) -> None:
     with Mosquitto(tmp_path / "far", extra="message_size_limit 2000") as server:
         uplink = MqttUplink(MqttSettings(server.url(), timeout_s=5))
+        waiting = [message(0), message(1, bytes(2001)), message(2)]
+        ended = []
+        for _ in range(2):
+            await uplink.open()
+            ended.append(await outcomes([asyncio.create_task(uplink.deliver(each)) for each in waiting], 8))
+        assert "Rejected" not in ended[0]
+        assert ended[1] == ["NoneType", "Rejected", "Unreachable"]
         await uplink.open()
-        with pytest.raises(Rejected, match="too large"):
-            await uplink.deliver(message(1, bytes(2001)))
-        await uplink.deliver(message(2, bytes(2000)))
+        await asyncio.gather(*(uplink.deliver(message(number)) for number in range(200)))
         await uplink.close()
 
 

@@ -37,12 +37,16 @@ NO_SUBSCRIBERS = 0x10
 REFUSES_MESSAGE = {0x90, 0x95, 0x99}
 """MQTT 5, section 2.4: topic name invalid, packet too large, payload format invalid."""
 
+BLAMES_MESSAGE = REFUSES_MESSAGE | {0x81, 0x82}
+"""Reasons for a disconnection that may be a message's: also malformed packet and protocol error, which is what
+comes of Mosquitto 2.0.11 when a message is over its `message_size_limit`."""
+
 PACKET_OVERHEAD = 10
 """Fixed header (at most 5 bytes), topic length, packet identifier, rounded up."""
 
 # The losses that aiomqtt and paho log are in our exceptions.
-_quiet = logging.getLogger("fieldpost.uplinks.mqtt.client")
-_quiet.setLevel(logging.CRITICAL)
+quiet = logging.getLogger("fieldpost.uplinks.mqtt.client")
+quiet.setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +70,18 @@ class MqttSettings:
 
 
 class MqttUplink:
-    """Publishes each message to one topic and waits for its acknowledgement."""
+    """Publishes each message to one topic and waits for its acknowledgement.
+
+    Where the broker hangs up (MQTT 5) because of one of several messages, none is rejected at first, and after the
+    next `open` messages go one by one until it is found.
+    """
 
     def __init__(self, settings: MqttSettings) -> None:
         self.settings = settings
         self.address = Address.parse(settings.url, "mqtt", "mqtts").login(settings.username, settings.password)
         self.address.check_options()
         self._link: _Link | None = None
+        self._suspicious = False
         self._state = "down"
         self._detail = ""
         self._messages = 0
@@ -82,7 +91,8 @@ class MqttUplink:
         """Connect and log in. Raises Unreachable, which says what to look at."""
         await self.close()
         self._state, self._detail = "connecting", ""
-        link = _Link(self.settings, self.address)
+        window = 1 if self._suspicious else self.settings.window
+        link = _Link(self.settings, self.address, window)
         try:
             await link.open()
         except BaseException as fault:
@@ -93,13 +103,20 @@ class MqttUplink:
 
     async def deliver(self, message: Message) -> None:
         """Return once the broker has acknowledged `message`. Raises Unreachable or Rejected."""
-        if self._link is None:
+        link = self._link
+        if link is None:
             raise Unreachable(self._detail or f"{self.address}: not open")
         try:
-            await self._link.deliver(message)
+            await link.deliver(message)
         except Unreachable as lost:
             self._state, self._detail = "down", str(lost)
+            self._suspicious = self._suspicious or link.one_is_refused
             raise
+        except Rejected:
+            self._suspicious = False
+            raise
+        if self._suspicious and link.proven():
+            self._suspicious = False
         self._messages += 1
         self._bytes += len(message.body)
 
@@ -124,13 +141,16 @@ class MqttUplink:
 class _Link:
     """One connection and what is under way on it; it ends with that, so nothing of it reaches the next one."""
 
-    def __init__(self, settings: MqttSettings, address: Address) -> None:
+    def __init__(self, settings: MqttSettings, address: Address, window: int) -> None:
         self.lost: Unreachable | None = None
+        self.one_is_refused = False
         self.unheard = False
         self._settings = settings
         self._address = address
         self._turn = asyncio.Lock()
-        self._window = asyncio.Semaphore(settings.window)
+        self._window = asyncio.Semaphore(window)
+        self._allowed = settings.window
+        self._doubtful = settings.window if window < settings.window else 0
         self._max_packet_bytes = 0
         self._waiting: dict[int, asyncio.Future[ReasonCode]] = {}
         self._client = aiomqtt.Client(
@@ -145,7 +165,7 @@ class _Link:
             keepalive=settings.keepalive_s,
             max_inflight_messages=settings.window,
             tls_context=address.tls(),
-            logger=_quiet,
+            logger=quiet,
         )
         self._paho: Any = self._client._client
         self._paho.connect_timeout = settings.timeout_s
@@ -162,7 +182,7 @@ class _Link:
             connecting.add_done_callback(self._on_too_late)
             raise
         except aiomqtt.MqttError as fault:
-            lost = Unreachable(f"{self._address}: {_explain(fault, self._address)}")
+            lost = Unreachable(f"{self._address}: {explain(fault, self._address)}")
             self.lose(lost)
             raise lost from None
         self._client._disconnected.add_done_callback(self._on_disconnected)
@@ -195,6 +215,14 @@ class _Link:
             raise Rejected(f"{self._address}: {answer}")
         if answer.is_failure:
             raise self._fail(f"{answer}: check what user {self._address.user!r} may do, and its quota")
+
+    def proven(self) -> bool:
+        """Whether as many messages went well one by one as could have been the bad one; count this one."""
+        self._doubtful -= 1
+        if self._doubtful == 0:
+            for _ in range(self._allowed - 1):
+                self._window.release()
+        return self._doubtful <= 0
 
     def lose(self, reason: Unreachable) -> None:
         """Leave the connection; what waits on it raises `reason`."""
@@ -243,9 +271,9 @@ class _Link:
 
     def _on_connect(self, client: Any, data: Any, flags: Any, code: Any, properties: Any = None) -> None:
         """Note what the broker can take before anything is sent (MQTT 5, section 3.2.2.3)."""
-        window = getattr(properties, "ReceiveMaximum", 0)
-        if 0 < window < self._settings.window:
-            self._window = asyncio.Semaphore(window)
+        self._allowed = min(self._settings.window, getattr(properties, "ReceiveMaximum", 65535))
+        if not self._doubtful:
+            self._window = asyncio.Semaphore(self._allowed)
         self._max_packet_bytes = getattr(properties, "MaximumPacketSize", 0)
         self._greet(client, data, flags, code, properties)
 
@@ -256,7 +284,13 @@ class _Link:
 
     def _on_disconnected(self, ended: asyncio.Future[None]) -> None:
         fault = None if ended.cancelled() else ended.exception()
-        text = _explain(fault, self._address) if fault else "the broker ended the connection"
+        text = explain(fault, self._address) if fault else "the broker ended the connection"
+        code = getattr(fault, "rc", None)
+        if isinstance(code, ReasonCode) and code.value in BLAMES_MESSAGE:
+            waiting = [waiter for waiter in self._waiting.values() if not waiter.done()]
+            if len(waiting) == 1:
+                waiting[0].set_exception(Rejected(f"{self._address}: {text} after this message"))
+            self.one_is_refused = len(waiting) > 1
         self.lose(Unreachable(f"{self._address}: {text}"))
 
     def _on_too_late(self, connecting: asyncio.Future[Any]) -> None:
@@ -265,7 +299,7 @@ class _Link:
         self.lose(Unreachable("closed"))
 
 
-def _explain(fault: BaseException, address: Address) -> str:
+def explain(fault: BaseException, address: Address) -> str:
     """What went wrong and where to look, in one line."""
     text = " ".join(str(fault).split())
     code = getattr(fault, "rc", None)
