@@ -269,7 +269,7 @@ listener 0 {config.socket}
 message_size_limit {MAX_PAYLOAD_BYTES}
 max_packet_size {MAX_PAYLOAD_BYTES + 1024}
 max_inflight_messages {config.window}
-max_queued_messages {config.window * 2}
+max_queued_messages 0
 max_queued_bytes {64 * 1024 * 1024}
 max_keepalive 600
 """,

@@ -18,7 +18,7 @@ reader knows.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from paho.mqtt.properties import Properties
 from .errors import ConfigError, Unreachable
 from .uplinks.address import Address
 from .uplinks.amqp import Connection
-from .uplinks.mqtt import VERSIONS, explain, quiet
+from .uplinks.mqtt import VERSIONS, explain, join, leave, quiet
 
 PREFETCH = 100
 """How many messages the far side may send ahead of those that are handled."""
@@ -173,21 +173,16 @@ async def _from_mqtt(address: Address, timeout_s: float, tell: _Changes) -> Asyn
     paho.connect_timeout = timeout_s
     paho.manual_ack_set(True)
     try:
-        async with client:
-            await client.subscribe(str(address.path), qos=1)
-            tell(True, f"{address}/{address.path}")
-            async for message in _messages(client):
-                named = dict(getattr(message.properties, "UserProperty", ()))
-                yield Arrival(named.get("id", ""), bytes(message.payload), named.get("content-encoding", ""))
-                if message.qos:
-                    paho.ack(message.mid, message.qos)
+        await join(client, address)
+        await client.subscribe(str(address.path), qos=1)
+        tell(True, f"{address}/{address.path}")
+        async for message in client.messages:
+            named = dict(getattr(message.properties, "UserProperty", ()))
+            body = message.payload if isinstance(message.payload, bytes) else b""
+            yield Arrival(named.get("id", ""), body, named.get("content-encoding", ""))
+            if message.qos:
+                paho.ack(message.mid, message.qos)
     except aiomqtt.MqttError as fault:
         raise Unreachable(f"{address}: {explain(fault, address)}") from None
     finally:
-        # Also after a connect that timed out, when aiomqtt leaves the socket to itself.
-        paho._sock_close()
-
-
-async def _messages(client: aiomqtt.Client) -> AsyncIterator[Any]:
-    async for message in client.messages:
-        yield message
+        leave(client)

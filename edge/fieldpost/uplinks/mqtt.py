@@ -174,17 +174,11 @@ class _Link:
         self._paho.on_connect = self._on_connect
 
     async def open(self) -> None:
-        # paho connects in a thread, which can't be stopped, only be cleaned up after.
-        connecting = asyncio.ensure_future(self._client.__aenter__())
         try:
-            await asyncio.shield(connecting)
-        except asyncio.CancelledError:
-            connecting.add_done_callback(self._on_too_late)
-            raise
-        except aiomqtt.MqttError as fault:
-            lost = Unreachable(f"{self._address}: {explain(fault, self._address)}")
+            await join(self._client, self._address)
+        except Unreachable as lost:
             self.lose(lost)
-            raise lost from None
+            raise
         self._client._disconnected.add_done_callback(self._on_disconnected)
 
     async def deliver(self, message: Message) -> None:
@@ -233,10 +227,7 @@ class _Link:
         for waiter in waiting.values():
             if not waiter.done():
                 waiter.set_exception(Unreachable(str(reason)))
-        with suppress(OSError, ValueError):
-            self._paho.disconnect()
-        # The goodbye is written or it isn't; a far side that doesn't read must not keep the socket.
-        self._paho._sock_close()
+        leave(self._client)
 
     def _publish(self, message: Message) -> tuple[int, asyncio.Future[ReasonCode]]:
         if self.lost is not None:
@@ -293,10 +284,39 @@ class _Link:
             self.one_is_refused = len(waiting) > 1
         self.lose(Unreachable(f"{self._address}: {text}"))
 
-    def _on_too_late(self, connecting: asyncio.Future[Any]) -> None:
+
+async def join(client: aiomqtt.Client, address: Address) -> None:
+    """Connect and log in. Raises Unreachable, and has left then; after success `leave` is the caller's.
+
+    paho connects in a thread, which can't be stopped: when this is cancelled, what it opened later is left then.
+    """
+
+    def leave_late(connecting: asyncio.Future[Any]) -> None:
         if not connecting.cancelled():
             connecting.exception()
-        self.lose(Unreachable("closed"))
+        leave(client)
+
+    connecting = asyncio.ensure_future(client.__aenter__())
+    try:
+        await asyncio.shield(connecting)
+    except asyncio.CancelledError:
+        connecting.add_done_callback(leave_late)
+        raise
+    except aiomqtt.MqttError as fault:
+        leave(client)
+        raise Unreachable(f"{address}: {explain(fault, address)}") from None
+
+
+def leave(client: aiomqtt.Client) -> None:
+    """Say goodbye and close the socket, at once: a far side that doesn't read must not keep it."""
+    paho: Any = client._client
+    paho.on_socket_register_write = None  # paho then writes by itself, now: the loop would only find a closed socket
+    with suppress(OSError, ValueError):
+        paho.disconnect()
+    paho._sock_close()
+    ended = client._disconnected
+    if ended.done() and not ended.cancelled():
+        ended.exception()  # asyncio logs what nobody looked at
 
 
 def explain(fault: BaseException, address: Address) -> str:

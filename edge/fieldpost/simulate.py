@@ -1,0 +1,146 @@
+"""Simulated nodes: the real node code, each in a process of its own, or many in one."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .firmware import firmware_folder, micropython, umqtt_folder
+
+PR_SET_PDEATHSIG = 1
+HEAP = "512k"
+"""About what a board has twice over; a node runs in a quarter of it."""
+
+
+def write_settings(folder: Path, enrolled: Mapping[str, Any], rate: float, more: Mapping[str, Any]) -> None:
+    """A node's folder: who it is, where it connects to, `rate` rows a second. Only its owner can read it."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    settings = {
+        "node": enrolled["node"],
+        "key": enrolled["key"],
+        "gateways": [[enrolled["host"], enrolled["port"]]],
+        "period_ms": max(20, round(1000 / rate)),
+        "sensors": ["simulated:climate"],
+        "fw": "simulated",
+        **more,
+    }
+    path = folder / "settings.json"
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        json.dump(settings, file)
+
+
+class SimulatedNode:
+    """One node in a process: MicroPython, or CPython where there is none. It dies with this process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.log = folder / "node.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> SimulatedNode:
+        """Start it; a node that was killed starts its next boot."""
+        program = micropython()
+        command = [program, "-X", f"heapsize={HEAP}"] if program else [sys.executable]
+        device, umqtt = str(firmware_folder()), str(umqtt_folder())
+        paths = {"MICROPYPATH": f"{device}:{umqtt}:.frozen", "PYTHONPATH": f"{device}:{umqtt}"}
+        with self.log.open("ab") as out:
+            self._process = subprocess.Popen(
+                [*command, f"{device}/main.py", str(self.folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env={**os.environ, **paths},
+                preexec_fn=_die_with_parent,
+            )
+        return self
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def kill(self) -> None:
+        """End it as a power cut does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def stop(self) -> None:
+        """End it as Ctrl-C does: it says goodbye and spills what it holds."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGINT)
+            try:
+                self._process.wait(5)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+    def pause(self) -> None:
+        """Hold it still: its connections stay open, it says nothing."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
+
+
+class LightNodes:
+    """Many nodes in this process: the same node code under CPython, a thread each."""
+
+    def __init__(self, folders: list[Path]) -> None:
+        for path in (str(umqtt_folder()), str(firmware_folder())):
+            if path not in sys.path:
+                sys.path.insert(0, path)
+        import main as node  # type: ignore[import-not-found]  # the firmware's
+        import settings as node_settings  # type: ignore[import-not-found]
+
+        self._nodes = [node.Node(node_settings.load(str(f)), str(f), say=_Log(f / "node.log")) for f in folders]
+        self._threads = [
+            threading.Thread(target=one.run, name=str(n), daemon=True) for n, one in enumerate(self._nodes)
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """All say goodbye; returns when they have, or after 10 s."""
+        for node in self._nodes:
+            node.stop()
+        for thread in self._threads:
+            thread.join(10)
+
+
+class _Log:
+    """What a node says, into a file of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __call__(self, text: str) -> None:
+        with self._path.open("a") as file:
+            file.write(text + "\n")
+
+
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _die_with_parent() -> None:
+    if _libc is not None:
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
