@@ -119,8 +119,12 @@ class Node:
 
 
 def main(folder):
-    """Run the node whose files are in `folder`."""
-    Node(node_settings.load(folder), folder).run()
+    """Run the node whose files are in `folder`; Ctrl-C ends it, with what it holds on flash."""
+    node = Node(node_settings.load(folder), folder)
+    try:
+        node.run()
+    except KeyboardInterrupt:
+        node.outbox.spill()
 
 
 if __name__ == "__main__":

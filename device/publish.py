@@ -51,6 +51,9 @@ class Session:
                 self._keep_alive()
                 self._way.link.wait(due_ms)
             self._say_goodbye()
+        except KeyboardInterrupt:
+            self._say_goodbye()
+            raise
         finally:
             self.close()
 
@@ -152,6 +155,8 @@ class Session:
             return
         self._outbox.acked(to[0], to[1])
         self.acks += 1
+        if self._settings.verbose:
+            self._say("ack %d %d" % to)
         self._window = [last for last in self._window if last > to]
         self._sent = max(self._sent, to)
         self._rewind_wait_ms = self._settings.ack_wait_s * 1000

@@ -45,6 +45,7 @@ class Settings:
         self.gateways = _gateways(raw.get("gateways"), faults)
         self.sensors = raw.get("sensors", ["simulated:climate"])
         self.groups = raw.get("groups", [])
+        self.verbose = raw.get("verbose") is True
         self.firmware = str(raw.get("fw", ""))[:32]
         for name in NUMBERS:
             default, low, high = NUMBERS[name]

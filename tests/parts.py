@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import aiomqtt
+from servers import free_port
 from fieldpost.control import ask
 from fieldpost.errors import Unreachable
 from fieldpost.wire import manifest_hash
@@ -32,13 +32,6 @@ MANIFEST = json.dumps(
 ).encode()
 HASH = manifest_hash(MANIFEST)
 INSTALL = "a1b2c3d4e5f6"
-
-
-def free_port() -> int:
-    """A port on loopback that nobody has now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def until(condition: Callable[[], Any], what: str, within_s: float = 30.0) -> Any:

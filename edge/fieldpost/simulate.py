@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,11 @@ def write_settings(folder: Path, enrolled: Mapping[str, Any], rate: float, more:
 class SimulatedNode:
     """One node in a process: MicroPython, or CPython where there is none. It dies with this process."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, prefix: Sequence[str] = ()) -> None:
+        """`prefix` is put before the command, for example to run it in a network namespace."""
         self.folder = folder
         self.log = folder / "node.log"
+        self._prefix = tuple(prefix)
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> SimulatedNode:
@@ -54,11 +56,11 @@ class SimulatedNode:
         paths = {"MICROPYPATH": f"{device}:{umqtt}:.frozen", "PYTHONPATH": f"{device}:{umqtt}"}
         with self.log.open("ab") as out:
             self._process = subprocess.Popen(
-                [*command, f"{device}/main.py", str(self.folder)],
+                [*self._prefix, *command, f"{device}/main.py", str(self.folder)],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                env={**os.environ, **paths},
+                env={**os.environ, **paths, "PYTHONUNBUFFERED": "1"},
                 preexec_fn=_die_with_parent,
             )
         return self
