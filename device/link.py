@@ -122,9 +122,11 @@ class Link:
         return data
 
     def close(self):
-        """Close; may be called twice."""
+        """Close; may be called twice. What has gathered (a DISCONNECT) is sent if that needs no waiting."""
         if self._sock is not None:
             try:
+                if self._out:
+                    self._sock.send(self._out)
                 self._sock.close()
             except OSError:
                 pass

@@ -67,9 +67,9 @@ class Session:
     def _open(self):
         settings, identity = self._settings, self._identity
         node = settings.node.encode()
-        self._mqtt = umqtt.simple.MQTTClient(
-            node, self._way, self._way.port, node, settings.key.encode(), settings.keepalive_s
-        )
+        # The will shall be out within 1.5 keepalives; mosquitto waits as long, but looks only every 5 s.
+        keepalive_s = max(3, settings.keepalive_s - 4)
+        self._mqtt = umqtt.simple.MQTTClient(node, self._way, self._way.port, node, settings.key.encode(), keepalive_s)
         self._mqtt.set_callback(self._put_down)
         will = wire.will(identity.install, identity.boot, self._connection)
         self._mqtt.set_last_will(wire.topic(settings.node, "state"), will, True, 1)

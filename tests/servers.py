@@ -66,6 +66,55 @@ def answers(port: int, greeting: bytes) -> bool:
         return False
 
 
+def listens(port: int) -> bool:
+    """Whether something takes connections on `port`."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+class Certificates(NamedTuple):
+    """Files of a CA made for a test, and of a server certificate for 127.0.0.1 and localhost signed by it."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+
+
+def make_certificates(directory: Path) -> Certificates:
+    """A new CA and server certificate in `directory`, by the `openssl` command."""
+    directory.mkdir(parents=True, exist_ok=True)
+    names = directory / "names"
+    names.write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
+    new = "openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
+    for command in (
+        f"{new} -x509 -days 30 -subj /CN=fieldpost-test-ca -keyout ca.key -out ca.pem",
+        f"{new} -subj /CN=127.0.0.1 -keyout server.key -out server.csr",
+        "openssl x509 -req -days 30 -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out server.pem"
+        " -extfile names",
+    ):
+        subprocess.run(command.split(), cwd=directory, check=True, capture_output=True)
+    return Certificates(directory / "ca.pem", directory / "server.pem", directory / "server.key")
+
+
+class Guard:
+    """Kills a process group when the present process is gone, however it went; `leave` ends the watch."""
+
+    def __init__(self, group: int) -> None:
+        self._process = subprocess.Popen(
+            ["sh", "-c", f"read -r nothing; kill -9 -{group}"], stdin=subprocess.PIPE, start_new_session=True
+        )
+
+    def leave(self) -> None:
+        """The group has ended."""
+        self._process.kill()
+        self._process.wait(10)
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+
 class Server:
     """A server in a process group of its own; `start` returns once it serves."""
 
@@ -77,6 +126,7 @@ class Server:
         self.port = port or free_port()
         self.log = directory / f"{self.name}.log"
         self._process: subprocess.Popen[bytes] | None = None
+        self._guard: Guard | None = None
         self.start_s = 0.0
 
     def command(self) -> list[str]:
@@ -116,6 +166,7 @@ class Server:
                 cwd=self.directory,
                 start_new_session=True,
             )
+        self._guard = Guard(self.pid)
         try:
             wait_until(lambda: not self.running or self.ready(), f"{self.name} on port {self.port} serves")
             if not self.running:
@@ -141,6 +192,9 @@ class Server:
             self._signal(signal.SIGKILL)
             self._process.wait(10)
             self._process = None
+        if self._guard is not None:
+            self._guard.leave()
+            self._guard = None
 
     def restart(self) -> None:
         """Stop and start: same port, same directory."""
@@ -181,7 +235,10 @@ def _end_all() -> None:
 
 
 class Mosquitto(Server):
-    """A Mosquitto: anonymous unless `users` (name to password) are given; `extra` is added to its configuration."""
+    """A Mosquitto: anonymous unless `users` (name to password) are given, encrypted when `tls` is.
+
+    `extra` is added to its configuration.
+    """
 
     name = "mosquitto"
 
@@ -191,11 +248,13 @@ class Mosquitto(Server):
         port: int | None = None,
         *,
         users: dict[str, str] | None = None,
+        tls: Certificates | None = None,
         extra: str = "",
     ) -> None:
         super().__init__(directory, port)
         self.users = users or {}
         self.extra = extra
+        self.tls = tls
 
     def command(self) -> list[str]:
         program = shutil.which("mosquitto", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
@@ -206,18 +265,22 @@ class Mosquitto(Server):
             lines += ["allow_anonymous false", f"password_file {self._write_passwords()}"]
         else:
             lines += ["allow_anonymous true"]
+        if self.tls:
+            lines += [f"certfile {self.tls.certificate}", f"keyfile {self.tls.key}"]
         conf = self.directory / "mosquitto.conf"
         conf.write_text("\n".join([*lines, self.extra, ""]))
         return [program, "-c", str(conf)]
 
     def ready(self) -> bool:
+        if self.tls:
+            return listens(self.port)
         # A CONNECT without a client id; any CONNACK will do, also a refusal.
         return answers(self.port, b"\x10\x0c\x00\x04MQTT\x04\x02\x00\x05\x00\x00")
 
     def url(self, user: str = "", password: str = "") -> str:
         """Its address, `mqtt://127.0.0.1:PORT`."""
         login = f"{user}:{password}@" if password else f"{user}@" if user else ""
-        return f"mqtt://{login}127.0.0.1:{self.port}"
+        return f"mqtt{'s' if self.tls else ''}://{login}127.0.0.1:{self.port}"
 
     def _write_passwords(self) -> Path:
         file = self.directory / "passwords"
@@ -259,7 +322,10 @@ class RabbitMQ(Server):
         )
         self._epmd_port = free_port()
         self._epmd: subprocess.Popen[bytes] | None = None
+        self._epmd_guard: Guard | None = None
         self._dist_port = free_port()
+        self.tls_port = free_port()
+        self.tls: Certificates | None = None
 
     def url(self, user: str | None = None, *, password: str | None = None, query: str = "") -> str:
         """Its address with login, for a client; without a password when it is an empty text."""
@@ -277,6 +343,7 @@ class RabbitMQ(Server):
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
+            self._epmd_guard = Guard(self._epmd.pid)
             wait_until(lambda: answers(self._epmd_port, b"\x00\x01n"), "epmd answers", 10)
         return super().start()
 
@@ -405,12 +472,18 @@ class RabbitMQ(Server):
         if not cookie.exists():
             cookie.write_text(uuid.uuid4().hex)
             cookie.chmod(0o400)
+        self.tls = make_certificates(at / "tls")
         (at / "plugins").write_text("[].\n")
         (at / "rabbitmq-env.conf").write_text("")
         for folder in ("data", "log", "generated", "schema"):
             (at / folder).mkdir(exist_ok=True)
         (at / "rabbitmq.conf").write_text(
             f"listeners.tcp.1 = 127.0.0.1:{self.port}\n"
+            f"listeners.ssl.1 = 127.0.0.1:{self.tls_port}\n"
+            f"ssl_options.cacertfile = {self.tls.ca}\n"
+            f"ssl_options.certfile = {self.tls.certificate}\n"
+            f"ssl_options.keyfile = {self.tls.key}\n"
+            "ssl_options.verify = verify_none\n"
             "loopback_users = none\n"
             f"default_user = {self.user}\n"
             f"default_pass = {self.password}\n"
@@ -426,6 +499,9 @@ class RabbitMQ(Server):
             self._epmd.kill()
             self._epmd.wait(10)
             self._epmd = None
+        if self._epmd_guard is not None:
+            self._epmd_guard.leave()
+            self._epmd_guard = None
 
 
 _SCRIPTS = ("/usr/lib/rabbitmq/bin", "/usr/local/lib/rabbitmq/bin", "/opt/rabbitmq/sbin")

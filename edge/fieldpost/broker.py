@@ -263,15 +263,17 @@ persistence false
 allow_anonymous false
 password_file {folder / "passwd"}
 acl_file {folder / "acl"}
-use_username_as_clientid true
-listener {config.port} {config.host}
-listener 0 {config.socket}
 message_size_limit {MAX_PAYLOAD_BYTES}
 max_packet_size {MAX_PAYLOAD_BYTES + 1024}
 max_inflight_messages {config.window}
 max_queued_messages 0
 max_queued_bytes {64 * 1024 * 1024}
 max_keepalive 600
+# What is said of a listener before the first one opens another one, on port 1883 of every interface.
+listener {config.port} {config.host}
+use_username_as_clientid true
+listener 0 {config.socket}
+use_username_as_clientid true
 """,
         )
 

@@ -109,7 +109,13 @@ class Publisher:
 
 
 MANIFEST = json.dumps(
-    {"ch": [["sent-us", "", 1, "clock", "gauge"], ["temperature", "Cel", 100, "sim", "gauge"], ["n", "", 1, "n", "gauge"]]}
+    {
+        "ch": [
+            ["sent-us", "", 1, "clock", "gauge"],
+            ["temperature", "Cel", 100, "sim", "gauge"],
+            ["n", "", 1, "n", "gauge"],
+        ]
+    }
     | {"p": 1000, "sl": False, "cap": []}
 ).encode()
 

@@ -17,7 +17,7 @@ from fieldpost.uplinks.amqp import AmqpSettings, AmqpUplink
 from fieldpost.uplinks.base import Message, Uplink
 from fieldpost.uplinks.memory import MemorySettings, MemoryUplink
 from fieldpost.uplinks.mqtt import MqttSettings, MqttUplink
-from servers import Mosquitto, RabbitMQ, free_port
+from servers import Mosquitto, RabbitMQ, free_port, make_certificates
 
 TIMEOUT_S = 1.5
 WRONG = "an-other-secret"
@@ -233,6 +233,7 @@ async def test_deliver_without_open_is_unreachable(far: Far) -> None:
         await far.uplink().deliver(message())
 
 
+@pytest.mark.slow
 async def test_every_waiting_message_is_told_at_once_that_the_far_side_was_killed(far: Far) -> None:
     uplink = far.uplink(timeout_s=30.0)
     await uplink.open()
@@ -358,6 +359,32 @@ async def test_closed_port_is_unreachable() -> None:
     ):
         with pytest.raises(Unreachable, match=rf"127.0.0.1:{port}: .*refused"):
             await uplink.open()
+
+
+async def test_encrypted_way_is_taken_only_to_a_server_that_the_ca_knows(tmp_path: Path, rabbitmq: RabbitMQ) -> None:
+    tls = make_certificates(tmp_path / "tls")
+    side = FarAmqp(rabbitmq)
+    with Mosquitto(tmp_path / "far", tls=tls) as mosquitto:
+        mqtt = mosquitto.url()
+        amqp = f"amqps://{rabbitmq.user}@127.0.0.1:{rabbitmq.tls_port}/%2F"
+        login = {"password": rabbitmq.password, "queue": side.queue, "timeout_s": 5}
+        for uplink in (
+            MqttUplink(MqttSettings(f"{mqtt}?cacertfile={tls.ca}", timeout_s=5)),
+            AmqpUplink(AmqpSettings(f"{amqp}?cacertfile={rabbitmq.tls and rabbitmq.tls.ca}", **login)),
+            MqttUplink(MqttSettings(f"{mqtt}?verify=verify_none", timeout_s=5)),
+        ):
+            await uplink.open()
+            await asyncio.gather(*(uplink.deliver(message(number)) for number in range(150)))
+            await uplink.close()
+        for uplink in (
+            MqttUplink(MqttSettings(mqtt, timeout_s=5)),
+            AmqpUplink(AmqpSettings(f"{amqp}?cacertfile={tls.ca}", **login)),
+        ):
+            with pytest.raises(Unreachable, match=r"(?i)certificate.verify.failed"):
+                await uplink.open()
+    with pytest.raises(ConfigError, match="cacertfile"):
+        await MqttUplink(MqttSettings(f"{mqtt}?cacertfile=/not/there")).open()
+    await side.close()
 
 
 # memory

@@ -67,6 +67,7 @@ class Rig:
         password.write_text(self.rabbitmq.password)
         with self.upstream:
             self.rabbitmq.declare(self.queue, {"x-queue-type": "quorum"})
+            self.rabbitmq.settle()
             self.gateway = Gateway(self.folder / "gateway", self._uplinks(password), spool=self._spool)
             mqtt_url = f"{self.upstream.url()}/rig"
             rabbit_url = self.rabbitmq.url(self.rabbitmq.user, password="", query=f"?queue={self.queue}")

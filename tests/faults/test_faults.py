@@ -129,16 +129,16 @@ async def test_a_line_that_drops_every_packet(tmp_path: Path, rabbitmq: RabbitMQ
 async def test_a_nodes_will_arrives_upstream_within_one_and_a_half_keepalives(
     tmp_path: Path, rabbitmq: RabbitMQ
 ) -> None:
-    async with rig(tmp_path, rabbitmq, keepalive_s=4) as running:
+    async with rig(tmp_path, rabbitmq, keepalive_s=20) as running:
         await until_async(lambda: running.sinks["rabbitmq"].nodes["n0"].state == "up", "n0 is up, upstream")
         running.nodes["n0"].pause()
         began = time.monotonic()
-        await until_async(lambda: running.sinks["rabbitmq"].nodes["n0"].state == "lost", "the will", 20)
+        await until_async(lambda: running.sinks["rabbitmq"].nodes["n0"].state == "lost", "the will", 60)
         took_s = time.monotonic() - began
         running.nodes["n0"].resume()
         await until_async(lambda: running.sinks["rabbitmq"].nodes["n0"].state == "up", "it is back")
-        # mosquitto waits for 1.5 keepalives since the last packet, and looks once a second; the rest is our way.
-        assert took_s <= 1.5 * 4 + 1.5
+        # The one deadline that the protocol itself sets; the clock that it is read from is the broker's.
+        assert took_s <= 1.5 * 20
 
 
 async def test_a_message_that_the_broker_confirmed_and_lost_is_not_freed_by_a_later_one(gateway: Gateway) -> None:
