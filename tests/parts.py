@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import aiomqtt
-from servers import free_port
 from fieldpost.control import ask
 from fieldpost.errors import Unreachable
 from fieldpost.wire import manifest_hash
+from servers import free_port
 
 REPO = Path(__file__).parent.parent
 MANIFEST = json.dumps(

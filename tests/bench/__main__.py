@@ -26,12 +26,11 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent)]
 
-from parts import Gateway  # noqa: E402  # tests/ is no package that is installed
-from servers import Mosquitto, free_port, shared_rabbitmq  # noqa: E402
-
 from fieldpost.forms import senml  # noqa: E402
 from fieldpost.upstream import consume  # noqa: E402
 from fieldpost.wire import manifest_hash  # noqa: E402
+from parts import Gateway  # noqa: E402  # tests/ is no package that is installed
+from servers import Mosquitto, shared_rabbitmq  # noqa: E402
 
 from .load import MANIFEST, Node, Publisher, now_us  # noqa: E402
 
@@ -194,7 +193,8 @@ class Bridge:
         self._upstream = upstream
         extra = (
             "allow_anonymous true\nmax_inflight_messages 1000\nmax_queued_messages 0\n"
-            f"connection up\naddress 127.0.0.1:{upstream.port}\ntopic fp1/# out 1\ncleansession false\nnotifications false\n"
+            f"connection up\naddress 127.0.0.1:{upstream.port}\ntopic fp1/# out 1\n"
+            "cleansession false\nnotifications false\n"
         )
         self._broker = Mosquitto(folder / "bridge", extra=extra)
         self._made = 0
@@ -310,8 +310,9 @@ def report(all_figures: list[Figures], seconds: int, total: int) -> str:
         f"{time.strftime('%Y-%m-%d %H:%M')}, {os.cpu_count()} cores of {model[1] if model else platform.machine()}, "
         f"{platform.system()} {platform.release()}, Python {platform.python_version()}, {mosquitto}.",
         "",
-        f"Written by `make prove` (`python -m tests.bench`): {NODES} nodes, three channels a row; {seconds} s at 50 rows/s, then "
-        f"{total:,} rows one a message and {total * 3:,} ten a message as fast as they are accepted. Load generator, all",
+        f"Written by `make prove` (`python -m tests.bench`): {NODES} nodes, three channels a row; {seconds} s at",
+        f"50 rows/s, then {total:,} rows one a message and {total * 3:,} ten a message, as fast as they are",
+        "accepted. Load generator, all",
         "brokers, upstream and watcher share the machine, so read the ratios. Bytes on the line: TCP payload both ways",
         "between gateway (or bridge) and upstream. CPU and RSS: gateway and its broker.",
         "",
