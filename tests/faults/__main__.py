@@ -129,8 +129,8 @@ async def main(seconds: float) -> int:
             "# Every fault once",
             "",
             f"{time.strftime('%Y-%m-%d %H:%M')}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, "
-            f"Python {platform.python_version()}. Written by `make prove` (`python -m tests.faults`): {NODES} MicroPython "
-            f"nodes, {RATE:g} rows/s each, {took_s:.0f} s.",
+            f"Python {platform.python_version()}. Written by `make prove` (`python -m tests.faults`): {NODES}",
+            f"MicroPython nodes, {RATE:g} rows/s each, {took_s:.0f} s, a stage of 100 readings.",
             "",
             "| at | fault | until every node was acknowledged again and both uplinks had fresh rows |",
             "|---|---|---|",
