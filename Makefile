@@ -60,7 +60,7 @@ $(VENV)/test.stamp: $(VENV)/bin/pip pyproject.toml
 $(UPY)/umqtt/simple.py: device/umqtt.sha256 | $(VENV)/bin/pip
 	@$(BIN)/pip install --quiet --disable-pip-version-check pipkin==2.2b1
 	@rm -rf $(UPY) && mkdir -p $(UPY)
-	@$(BIN)/pipkin --quiet --dir $(UPY) install --no-mp-org $(UMQTT)
+	@$(BIN)/pipkin --quiet --dir $(UPY) install --no-mp-org $(UMQTT) >build/pipkin.log 2>&1 || { cat build/pipkin.log; exit 1; }
 	@echo "$(UMQTT_SHA256)  $(UPY)/umqtt/simple.py" | sha256sum --check --quiet \
 	  || { rm -rf $(UPY); echo "umqtt.simple is not the one that we know: see device/umqtt.sha256" >&2; exit 1; }
 
