@@ -23,9 +23,14 @@ def firmware_folder() -> Path:
 
 
 def umqtt_folder() -> Path:
-    """The folder that has umqtt/simple.py: $FIELDPOST_UMQTT, or where the Makefile puts it. Raises ConfigError."""
+    """The folder that has umqtt/simple.py. Raises ConfigError.
+
+    It is $FIELDPOST_UMQTT, where the Makefile puts it, or share/fieldpost/upy of the environment that this runs in.
+    """
     named = os.environ.get("FIELDPOST_UMQTT")
-    for folder in (Path(named) if named else None, _CHECKOUT / "build" / "upy", Path.cwd() / "build" / "upy"):
+    shared = Path(sys.prefix) / "share" / "fieldpost" / "upy"
+    built = Path("build") / "upy"
+    for folder in (Path(named) if named else None, _CHECKOUT / built, shared, Path.cwd() / built):
         if folder is not None and (folder / "umqtt" / "simple.py").exists():
             return folder
     raise ConfigError(

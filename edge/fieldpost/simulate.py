@@ -9,13 +9,15 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .firmware import firmware_folder, micropython, umqtt_folder
 
 PR_SET_PDEATHSIG = 1
+STOPPED_WITHIN_S = 5.0
 HEAP = "512k"
 """About what a board has twice over; a node runs in a quarter of it."""
 
@@ -49,7 +51,10 @@ class SimulatedNode:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> SimulatedNode:
-        """Start it; a node that was killed starts its next boot."""
+        """Start it; a node that was killed starts its next boot.
+
+        Call it from a thread that lives as long as the node should: to the kernel, the parent is the thread.
+        """
         program = micropython()
         command = [program, "-X", f"heapsize={HEAP}"] if program else [sys.executable]
         device, umqtt = str(firmware_folder()), str(umqtt_folder())
@@ -61,7 +66,7 @@ class SimulatedNode:
                 stdout=out,
                 stderr=out,
                 env={**os.environ, **paths, "PYTHONUNBUFFERED": "1"},
-                preexec_fn=_die_with_parent,
+                preexec_fn=end_with_parent(signal.SIGKILL),
             )
         return self
 
@@ -83,14 +88,9 @@ class SimulatedNode:
 
     def stop(self) -> None:
         """End it as Ctrl-C does: it says goodbye and spills what it holds."""
-        if self._process is not None:
-            self._process.send_signal(signal.SIGINT)
-            try:
-                self._process.wait(5)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-            self._process = None
+        process, self._process = self._process, None
+        if process is not None:
+            _interrupt([process], STOPPED_WITHIN_S)
 
     def pause(self) -> None:
         """Hold it still: its connections stay open, it says nothing."""
@@ -102,10 +102,30 @@ class SimulatedNode:
             self._process.send_signal(signal.SIGCONT)
 
 
+class ProcessNodes:
+    """Many nodes, each in a process of its own."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._nodes = [SimulatedNode(folder) for folder in folders]
+
+    def start(self) -> None:
+        for node in self._nodes:
+            node.start()
+
+    def stop(self) -> None:
+        """All say goodbye at the same time; returns when they have ended, by force where they took too long."""
+        running = [process for node in self._nodes if (process := node._process) is not None]
+        _interrupt(running, STOPPED_WITHIN_S + 0.05 * len(running))
+
+    def ended(self) -> list[str]:
+        """The nodes that ended by themselves, which none should, by the name of their folder."""
+        return [node.folder.name for node in self._nodes if not node.alive]
+
+
 class LightNodes:
     """Many nodes in this process: the same node code under CPython, a thread each."""
 
-    def __init__(self, folders: list[Path]) -> None:
+    def __init__(self, folders: Sequence[Path]) -> None:
         for path in (str(umqtt_folder()), str(firmware_folder())):
             if path not in sys.path:
                 sys.path.insert(0, path)
@@ -114,7 +134,8 @@ class LightNodes:
 
         self._nodes = [node.Node(node_settings.load(str(f)), str(f), say=_Log(f / "node.log")) for f in folders]
         self._threads = [
-            threading.Thread(target=one.run, name=str(n), daemon=True) for n, one in enumerate(self._nodes)
+            threading.Thread(target=one.run, name=f.name, daemon=True)
+            for f, one in zip(folders, self._nodes, strict=True)
         ]
 
     def start(self) -> None:
@@ -125,8 +146,14 @@ class LightNodes:
         """All say goodbye; returns when they have, or after 10 s."""
         for node in self._nodes:
             node.stop()
+        deadline = time.monotonic() + 10
         for thread in self._threads:
-            thread.join(10)
+            if thread.ident is not None:
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+    def ended(self) -> list[str]:
+        """The nodes that ended by themselves, which none should, by the name of their folder."""
+        return [thread.name for thread in self._threads if not thread.is_alive()]
 
 
 class _Log:
@@ -140,9 +167,31 @@ class _Log:
             file.write(text + "\n")
 
 
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+def _interrupt(processes: Sequence[subprocess.Popen[bytes]], within_s: float) -> None:
+    """Ctrl-C to all of them, once: a second one would break off the goodbye. By force after `within_s`."""
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + within_s
+    for process in processes:
+        try:
+            process.wait(max(0.01, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
-def _die_with_parent() -> None:
-    if _libc is not None:
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+# Looked up before any fork: between fork and exec a child of a process with threads must not wait for a lock.
+_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+
+def end_with_parent(number: signal.Signals) -> Callable[[], None]:
+    """For `preexec_fn`: the child gets the signal `number` when we die, however we die."""
+    parent, how = os.getpid(), int(number)
+
+    def ask_the_kernel() -> None:
+        if _prctl is not None:
+            _prctl(PR_SET_PDEATHSIG, how)
+            if os.getppid() != parent:  # we died before the kernel knew
+                os._exit(1)
+
+    return ask_the_kernel

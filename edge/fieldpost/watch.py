@@ -12,6 +12,7 @@ from .spool.marks import BootMarks
 
 HISTORY = 30
 KEPT_BOOTS = 16
+MAX_CHANNELS = 256
 MAX_NODES = 10_000
 
 
@@ -76,9 +77,12 @@ class Tally:
         this = (row.install, row.boot, row.seq)
         if node.newest[0] == row.install and this[1:] < node.newest[1:]:
             node.disordered += 1
-        node.newest = max(this, node.newest) if node.newest[0] == row.install else this
+            return False  # counted; what is shown as newest stays
+        node.newest = this
         node.time_s, node.error_s = row.time_s, row.error_s
         for name, (value, unit) in row.values.items():
+            if name not in node.channels and len(node.channels) >= MAX_CHANNELS:
+                continue
             channel = node.channels.setdefault(name, Channel())
             channel.value = value
             if isinstance(value, float):
@@ -99,7 +103,7 @@ class Tally:
         elif event.kind == "gap":
             node.gaps += 1
             if event.last is not None:
-                node.missing += event.last - event.first + 1
+                node.missing += max(0, event.last - event.first + 1)
                 _marks(node, event.install, event.boot).take(event.first, event.last)
             until = "?" if event.last is None else event.last
             node.newest_gap = f"{event.first}-{until} of boot {event.boot}: {event.why}"

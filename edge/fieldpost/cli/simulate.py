@@ -6,6 +6,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,10 +16,11 @@ import click
 from ..control import ask
 from ..errors import Unreachable
 from ..firmware import micropython
-from ..simulate import LightNodes, SimulatedNode, write_settings
+from ..simulate import LightNodes, ProcessNodes, write_settings
 from . import options
 
 TELL_EVERY_S = 5.0
+SHOWN = 5
 
 
 @click.command("simulate")
@@ -46,33 +48,30 @@ def command(
       fieldpost simulate --nodes 200 --rate 0.2 --light --seconds 60
     """
     door = options.control_socket(config_path)
+    names = [f"sim-{number}" for number in range(1, count + 1)]
+    ended = _until_signal()
     with tempfile.TemporaryDirectory(prefix="fieldpost-nodes-") as temporary:
-        folders = []
-        for number in range(1, count + 1):
-            enrolled = ask(door, "add", node=f"sim-{number}")
-            folders.append((folder or Path(temporary)) / f"sim-{number}")
-            write_settings(folders[-1], enrolled, rate, {})
-        kind = "in one process" if light else "as MicroPython processes"
-        if not light and micropython() is None:
-            kind = "as CPython processes: there is no MicroPython on this machine"
-        click.echo(f"{count} nodes, {rate:g} rows/s each, {kind}; files in {folder or temporary}")
-        nodes: list[SimulatedNode] | LightNodes
-        nodes = LightNodes(folders) if light else [SimulatedNode(one) for one in folders]
-        ended = _until_signal()
+        folders = [(folder or Path(temporary)) / name for name in names]
+        for name, one in zip(names, folders, strict=True):
+            if ended.is_set():
+                return
+            write_settings(one, ask(door, "add", node=name), rate, {})
+        click.echo(f"{count} nodes, {rate:g} rows/s each, {_kind(light)}; files in {folder or temporary}")
+        nodes = LightNodes(folders) if light else ProcessNodes(folders)
         try:
-            if isinstance(nodes, LightNodes):
-                nodes.start()
-            else:
-                for node in nodes:
-                    node.start()
-            _tell(door, ended, seconds)
+            nodes.start()
+            _tell(door, names, nodes, ended, seconds)
         finally:
             click.echo("stopping the nodes")
-            if isinstance(nodes, LightNodes):
-                nodes.stop()
-            else:
-                for node in nodes:
-                    node.stop()
+            nodes.stop()
+
+
+def _kind(light: bool) -> str:
+    if light:
+        return "in one process"
+    if micropython() is None:
+        return "as CPython processes: there is no MicroPython on this machine"
+    return "as MicroPython processes"
 
 
 def _until_signal() -> threading.Event:
@@ -87,20 +86,39 @@ def _until_signal() -> threading.Event:
     return ended
 
 
-def _tell(door: Path, ended: threading.Event, seconds: float | None) -> None:
-    """Say now and then how the nodes are, as the gateway sees them."""
+def _tell(
+    door: Path, names: list[str], nodes: LightNodes | ProcessNodes, ended: threading.Event, seconds: float | None
+) -> None:
+    """Say now and then how the nodes are, as the gateway sees them, until `ended` or `seconds` are over."""
     deadline = time.monotonic() + seconds if seconds else None
+    gone: set[str] = set()
     while not ended.is_set():
         left = deadline - time.monotonic() if deadline else TELL_EVERY_S
         if left <= 0:
             return
-        ended.wait(min(left, TELL_EVERY_S))
+        if ended.wait(min(left, TELL_EVERY_S)):
+            return
+        for name in set(nodes.ended()) - gone:
+            gone.add(name)
+            click.echo(f"{name} has ended by itself; its log is node.log in its folder")
         try:
-            status: dict[str, Any] = ask(door, "status")
+            click.echo(progress(names, ask(door, "status")))
         except Unreachable as error:
             click.echo(f"the gateway does not answer: {error}")
-            continue
-        ours = [node for node in status["nodes"] if node["node"].startswith("sim-")]
-        up = sum(node["state"] == "up" for node in ours)
-        rows = sum(node["readings"] for node in ours)
-        click.echo(f"{up} of {len(ours)} nodes up, {rows} readings taken, {status['spool']['head']} records in all")
+
+
+def progress(names: Sequence[str], status: dict[str, Any]) -> str:
+    """How our nodes are, in one line: those that are not up by their names, the first few of each state."""
+    known = {node["node"]: node for node in status["nodes"]}
+    by_state: dict[str, list[str]] = {}
+    for name in names:
+        by_state.setdefault(known[name]["state"] if name in known else "not seen yet", []).append(name)
+    up = len(by_state.pop("up", ()))
+    rows = sum(known[name]["readings"] for name in names if name in known)
+    others = "".join(f"; {state}: {_few(those)}" for state, those in sorted(by_state.items()))
+    return f"{up} of {len(names)} nodes up, {rows} readings taken{others}"
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

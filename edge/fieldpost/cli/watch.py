@@ -14,10 +14,11 @@ import click
 
 from ..forms.senml import Arrived
 from ..upstream import check, consume
-from ..watch import Tally, sparkline
+from ..watch import Channel, Tally, sparkline
 
 REFRESH_S = 0.25
 LINES_EVERY_S = 5.0
+COUNTS = ("readings", "repeats", "out of order", "gaps")
 
 
 @click.command("watch")
@@ -146,43 +147,42 @@ def table(tally: Tally, link: str) -> Any:
     from rich.text import Text
 
     rows = Table(box=None, pad_edge=False)
-    for column in ("node", "channel", "value", "last 30", "measured", "readings", "repeats", "gaps"):
-        rows.add_column(column, justify="right" if column in ("value", "readings", "repeats", "gaps") else "left")
+    for column in ("node", "channel", "value", "last 30", "measured", *COUNTS):
+        rows.add_column(column, justify="right" if column in ("value", *COUNTS) else "left")
     notes = []
     for name, node in sorted(tally.nodes.items()):
         first = True
+        # Text, never str: rich would take a name like "[/x]" for its own markup.
+        head = [Text(printable(f"{name} {'' if node.state == 'up' else node.state}"), "bold")]
+        counts = [str(node.readings), str(node.repeats), str(node.disordered)]
+        tail = [Text(one) for one in counts] + [Text(str(node.gaps), "bold red" if node.gaps else "")]
         for channel_name, channel in node.channels.items():
-            value = f"{channel.value:g} {channel.unit}" if isinstance(channel.value, float) else channel.value
             rows.add_row(
-                Text(f"{name} {node.state if node.state not in ('', 'up') else ''}", "bold" if first else "")
-                if first
-                else "",
-                channel_name,
-                Text(value, "" if isinstance(channel.value, float) else "bold red"),
+                *(head if first else [""]),
+                Text(printable(channel_name)),
+                Text(_value(channel), "" if isinstance(channel.value, float) else "bold red"),
                 sparkline(list(channel.history)),
-                time.strftime("%H:%M:%S", time.localtime(node.time_s)) + _error(node.error_s) if first else "",
-                str(node.readings) if first else "",
-                str(node.repeats) if first else "",
-                Text(str(node.gaps), "bold red" if node.gaps else "") if first else "",
+                _clock(node.time_s) + _error(node.error_s) if first else "",
+                *(tail if first else []),
             )
             first = False
         if first:
-            rows.add_row(f"{name} {node.state}", "", "", "", "", "0", "0", str(node.gaps))
+            rows.add_row(*head, "", "", "", "", *tail)
         if node.newest_gap:
-            notes.append(f"gap of {name}: {node.newest_gap}")
-    return Group(Text(link, "dim"), rows, *notes, Text(summary(tally), "dim"))
+            notes.append(Text(printable(f"gap of {name}: {node.newest_gap}")))
+    return Group(Text(printable(link), "dim"), rows, *notes, Text(summary(tally), "dim"))
 
 
 def plain(tally: Tally) -> list[str]:
     """The same for a pipe: a line a node."""
     lines = []
     for name, node in sorted(tally.nodes.items()):
-        values = ", ".join(
-            f"{channel} {c.value:g} {c.unit}".rstrip() if isinstance(c.value, float) else f"{channel} {c.value}"
-            for channel, c in node.channels.items()
-        )
+        state = f" ({node.state})" if node.state not in ("", "up") else ""
+        values = ", ".join(f"{channel} {_value(c)}" for channel, c in node.channels.items())
+        late = f", {node.disordered} out of order" if node.disordered else ""
         gap = f"; gap {node.newest_gap}" if node.newest_gap else ""
-        lines.append(f"{name}: {node.readings} readings, {node.repeats} repeats, {node.gaps} gaps; {values}{gap}")
+        counts = f"{node.readings} readings, {node.repeats} repeats{late}, {node.gaps} gaps"
+        lines.append(printable(f"{name}{state}: {counts}; {values}{gap}"))
     return lines or ["nothing has arrived yet"]
 
 
@@ -194,6 +194,23 @@ def summary(tally: Tally) -> str:
         f"{tally.readings} readings of {len(tally.nodes)} nodes, {tally.repeats} repeats recognised, "
         f"{missing} reported missing, {tally.bytes} bytes{malformed}"
     )
+
+
+def printable(text: str) -> str:
+    """`text` without what would steer a terminal: it comes from the network."""
+    return "".join(letter if letter.isprintable() else "�" for letter in text)
+
+
+def _value(channel: Channel) -> str:
+    value = channel.value
+    return printable(f"{value:g} {channel.unit}".rstrip() if isinstance(value, float) else value)
+
+
+def _clock(time_s: float) -> str:
+    try:
+        return time.strftime("%H:%M:%S", time.localtime(time_s))
+    except (OverflowError, OSError, ValueError):
+        return "no date"
 
 
 def _error(error_s: float) -> str:
