@@ -12,6 +12,9 @@ WINDOW = 8
 LAST_PACKET_ID = 60000
 """umqtt never wraps its packet ids; one above 65535 ends the connection."""
 
+REWIND_EVERY_MS = 2000
+"""An ack that frees nothing says that a message is missing at the gateway; so often it is believed."""
+
 umqtt.simple.socket = Sockets
 
 
@@ -34,6 +37,7 @@ class Session:
         self._sent = (-1, -1)
         self._window = []
         self._published = []
+        self._rewound_ms = 0
         self._rewind_wait_ms = settings.ack_wait_s * 1000
         self._waiting_since_ms = 0
         self._pinged_ms = 0
@@ -157,7 +161,11 @@ class Session:
         self.acks += 1
         if self._settings.verbose:
             self._say("ack %d %d" % to)
+        waiting = len(self._window)
         self._window = [last for last in self._window if last > to]
+        if waiting and len(self._window) == waiting and to < self._window[0]:
+            self._go_back()
+            return
         self._sent = max(self._sent, to)
         self._rewind_wait_ms = self._settings.ack_wait_s * 1000
         self._waiting_since_ms = self._clock.uptime_ms()
@@ -191,6 +199,13 @@ class Session:
         """Start again at the oldest row that is held."""
         self._sent = (-1, -1)
         self._window = []
+        self._rewound_ms = self._clock.uptime_ms()
+
+    def _go_back(self):
+        """The gateway says again how far it is, though more is on its way: something before that is missing."""
+        now = self._clock.uptime_ms()
+        if now - self._rewound_ms >= REWIND_EVERY_MS:
+            self._rewind()
 
     def _publish_manifest(self, hash_):
         """Before rows that name it, once a connection; the retained one is that of this boot."""

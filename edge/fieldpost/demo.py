@@ -23,7 +23,7 @@ from typing import Any
 from .control import ask
 from .errors import Unreachable
 from .mqtt import Address, Incoming, connect
-from .simulate import SimulatedNode, write_settings
+from .simulate import SimulatedNode, end_with_parent, write_settings
 from .upstream import consume
 from .watch import Tally
 
@@ -44,13 +44,22 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of the rows. `lost`: acknowledged, not arrived, and in no gap record."""
+    """What became of the rows. `lost`: acknowledged, not arrived, and in no gap record.
 
+    `measured` is what the nodes said last; what of it is not acknowledged is still in their outboxes.
+    """
+
+    measured: int
     acknowledged: int
     arrived: int
     lost: int
     repeats: int
     gaps: int
+
+    @property
+    def good(self) -> bool:
+        """Nothing was lost; where nothing was acknowledged, nothing was promised and nothing is proved."""
+        return self.lost == 0 and self.acknowledged > 0
 
 
 class Line:
@@ -121,6 +130,7 @@ class Demo:
         self._gateway: asyncio.subprocess.Process | None = None
         self._nodes: list[SimulatedNode] = []
         self._acked: dict[tuple[str, str, int], int] = {}
+        self._measured: dict[tuple[str, str, int], int] = {}
         self._arrived_up = asyncio.Event()
         self.first = asyncio.Event()
 
@@ -153,15 +163,27 @@ class Demo:
         self.line = "up"
 
     async def finish(self, within_s: float) -> Verdict:
-        """Stop the nodes, wait until everything acknowledged has arrived or `within_s` is over, and judge."""
+        """Stop the nodes, wait until everything acknowledged has arrived or `within_s` is over, and judge.
+
+        Raises Unreachable where the gateway did not live to the end.
+        """
         for node in self._nodes:
             await asyncio.to_thread(node.stop)
         deadline = asyncio.get_running_loop().time() + within_s
-        while asyncio.get_running_loop().time() < deadline and (self._missing() or self.backlog()):
+        while asyncio.get_running_loop().time() < deadline and (
+            self._missing() or self._unacknowledged() or self.backlog()
+        ):
             await asyncio.sleep(0.1)
-        gaps = sum(node.missing for node in self.tally.nodes.values())
-        acknowledged = sum(upto + 1 for upto in self._acked.values())
-        return Verdict(acknowledged, self.tally.readings, self._missing(), self.tally.repeats, gaps)
+        if self._gateway is not None and self._gateway.returncode is not None:
+            raise Unreachable(f"the gateway has ended: {self._last_words()}")
+        return Verdict(
+            measured=sum(last + 1 for last in self._measured.values()),
+            acknowledged=sum(upto + 1 for upto in self._acked.values()),
+            arrived=self.tally.readings,
+            lost=self._missing(),
+            repeats=self.tally.repeats,
+            gaps=sum(node.missing for node in self.tally.nodes.values()),
+        )
 
     def backlog(self) -> int:
         """Readings that wait at the gateway."""
@@ -179,6 +201,14 @@ class Demo:
             marks = self.tally.nodes[node].boots.get((install, boot)) if node in self.tally.nodes else None
             missing += sum(1 for seq in range(upto + 1) if marks is None or not marks.has(seq))
         return missing
+
+    def _unacknowledged(self) -> bool:
+        """Whether something arrived that the nodes have no ack for yet: its ack is still on its way to us."""
+        return any(
+            marks.upto > self._acked.get((name, install, boot), -1)
+            for name, node in self.tally.nodes.items()
+            for (install, boot), marks in node.boots.items()
+        )
 
     async def _watch(self, port: int) -> None:
         def changed(up: bool, text: str) -> None:
@@ -219,7 +249,15 @@ uplink = "upstream"
         )
         with (self._folder / "gateway.log").open("wb") as log:
             self._gateway = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "fieldpost", "run", "--config", str(config), stdout=log, stderr=log
+                sys.executable,
+                "-m",
+                "fieldpost",
+                "run",
+                "--config",
+                str(config),
+                stdout=log,
+                stderr=log,
+                preexec_fn=end_with_parent(signal.SIGTERM),
             )
         for _ in range(300):
             with contextlib.suppress(Unreachable):
@@ -228,7 +266,10 @@ uplink = "upstream"
             if self._gateway.returncode is not None:
                 break
             await asyncio.sleep(0.05)
-        raise Unreachable(f"the gateway did not start: {(self._folder / 'gateway.log').read_text()[-2000:]}")
+        raise Unreachable(f"the gateway did not start: {self._last_words()}")
+
+    def _last_words(self) -> str:
+        return (self._folder / "gateway.log").read_text()[-2000:].strip()
 
     async def _stop_gateway(self) -> None:
         if self._gateway is not None and self._gateway.returncode is None:
@@ -248,19 +289,23 @@ uplink = "upstream"
             self._nodes.append(SimulatedNode(folder).start())
 
     async def _listen_to_acks(self) -> None:
-        """What the gateway promises to its nodes, heard on its own broker."""
+        """What the gateway promises to its nodes, and what they say that they measured, heard on its own broker."""
         key = (self._folder / "data" / "broker" / "gateway.intake.key").read_text().strip()
 
         def take(message: Incoming) -> None:
-            install, boot, seq = json.loads(message.payload)
-            this = (message.topic.split("/")[1], install, boot)
-            self._acked[this] = max(seq, self._acked.get(this, -1))
+            _, node, leaf = message.topic.split("/")
+            content = json.loads(message.payload)
+            if leaf == "ack":
+                install, boot, seq = content
+                self._acked[node, install, boot] = max(seq, self._acked.get((node, install, boot), -1))
+            elif "s" in content:
+                self._measured[node, content["i"], content["b"]] = content["s"]
 
         while True:
             with contextlib.suppress(Unreachable):
                 address = Address("gateway.intake", key, port=self._port)
                 async with connect(address, "demo-judge", take) as connection:
-                    await connection.subscribe([("fp1/+/ack", 0)])
+                    await connection.subscribe([("fp1/+/ack", 0), ("fp1/+/state", 0)])
                     await connection.lost()
             await asyncio.sleep(0.2)
 

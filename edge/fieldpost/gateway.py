@@ -147,6 +147,7 @@ class View:
                 "messages": self._ingest.messages,
                 "rows": self._ingest.rows,
                 "refused_full": self._ingest.refused,
+                "refused_ahead": self._ingest.ahead,
                 "rejected": self._ingest.rejected,
                 "stale_wills": self._presence.stale_wills,
             },

@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def command(seconds: float | None, cut_after: float, cut_for: float, lose: int) 
     """Show the whole way on this machine: three nodes, a gateway, an upstream, and a line that is cut for a while.
 
     No hardware, no root; everything listens on loopback and is gone afterwards. Ends with 1 if an acknowledged
-    reading was lost.
+    reading was lost, or none was acknowledged.
 
     \b
     Examples:
@@ -41,21 +42,27 @@ def command(seconds: float | None, cut_after: float, cut_for: float, lose: int) 
     """
     if importlib.util.find_spec("iotcore") is None:
         raise ConfigError(["the demo's broker is not installed: pip install 'fieldpost[demo]'"])
-    verdict = asyncio.run(_show(seconds, Plan(cut_after, cut_for, lose)))
+    try:
+        verdict = asyncio.run(_show(seconds, Plan(cut_after, cut_for, lose)))
+    except asyncio.CancelledError:
+        click.echo("ended before there was anything to judge", err=True)
+        sys.exit(1)
     click.echo(told(verdict))
-    sys.exit(1 if verdict.lost else 0)
+    sys.exit(0 if verdict.good else 1)
 
 
 async def _show(seconds: float | None, plan: Plan) -> Verdict:
     ended = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    this = asyncio.current_task()
+    assert this is not None
+    _on_signal(this.cancel)  # nothing to judge yet, only to clean up
     board = "MicroPython" if micropython() else "CPython (no MicroPython for this processor)"
     click.echo(f"{len(NODES)} nodes under {board}, {RATE:g} rows/s each -> gateway -> line -> upstream")
     with tempfile.TemporaryDirectory(prefix="fieldpost-demo-") as folder:
         demo = Demo(Path(folder), plan)
         began = time.monotonic()
         async with demo.running():
+            _on_signal(ended.set)
             click.echo(f"the first reading arrived upstream after {time.monotonic() - began:.1f} s")
             with _screen(demo) as say:
                 outage = asyncio.create_task(_outage(demo, plan, say))
@@ -63,10 +70,20 @@ async def _show(seconds: float | None, plan: Plan) -> Verdict:
                     async with asyncio.timeout(seconds):
                         await ended.wait()
                 outage.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await outage
                 if demo.line == "cut":
                     await demo.mend()
+                    say("the line is back")
+                _on_signal(this.cancel)  # once more, and we don't wait for the count
                 say("the nodes stop; waiting for the last readings")
                 return await demo.finish(DRAIN_WITHIN_S)
+
+
+def _on_signal(what: Callable[[], object]) -> None:
+    """From now on Ctrl-C and SIGTERM do this."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, what)
 
 
 async def _outage(demo: Demo, plan: Plan, say: Any) -> None:
@@ -116,6 +133,8 @@ def _screen(demo: Demo) -> Any:
 def told(verdict: Verdict) -> str:
     """The count, in words."""
     return (
-        f"{verdict.acknowledged} readings acknowledged to the nodes, {verdict.arrived} arrived upstream, "
-        f"{verdict.lost} lost; {verdict.repeats} repeats recognised by their ids, {verdict.gaps} reported as gaps"
+        f"{verdict.acknowledged} readings acknowledged to the nodes (of {verdict.measured} measured), "
+        f"{verdict.arrived} arrived upstream, {verdict.lost} lost; "
+        f"{verdict.repeats} repeats recognised by their ids, {verdict.gaps} reported as gaps"
+        + ("" if verdict.acknowledged else "; nothing was acknowledged, so nothing is proved")
     )
