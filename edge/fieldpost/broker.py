@@ -266,7 +266,8 @@ acl_file {folder / "acl"}
 message_size_limit {MAX_PAYLOAD_BYTES}
 max_packet_size {MAX_PAYLOAD_BYTES + 1024}
 max_inflight_messages {config.window}
-max_queued_messages 0
+max_queued_messages 1000000
+# (0, no limit, makes mosquitto 2.0.11 hang up on whoever publishes where it may not; the bytes are the limit.)
 max_queued_bytes {64 * 1024 * 1024}
 max_keepalive 600
 # What is said of a listener before the first one opens another one, on port 1883 of every interface.
