@@ -37,6 +37,7 @@ class Session:
         self._sent = (-1, -1)
         self._window = []
         self._published = []
+        self._missing = False
         self._rewound_ms = 0
         self._rewind_wait_ms = settings.ack_wait_s * 1000
         self._waiting_since_ms = 0
@@ -164,8 +165,9 @@ class Session:
         waiting = len(self._window)
         self._window = [last for last in self._window if last > to]
         if waiting and len(self._window) == waiting and to < self._window[0]:
-            self._go_back()
+            self._missing = True  # the gateway says again how far it is, though more is on its way
             return
+        self._missing = False
         self._sent = max(self._sent, to)
         self._rewind_wait_ms = self._settings.ack_wait_s * 1000
         self._waiting_since_ms = self._clock.uptime_ms()
@@ -177,6 +179,8 @@ class Session:
         if self._gateway_state != "up":
             return
         now = self._clock.uptime_ms()
+        if self._missing and now - self._rewound_ms >= REWIND_EVERY_MS:
+            self._rewind()
         if self._window and now - self._waiting_since_ms > self._rewind_wait_ms:
             self._say("no ack within %d s: sending again" % (self._rewind_wait_ms // 1000))
             self._rewind()
@@ -199,13 +203,8 @@ class Session:
         """Start again at the oldest row that is held."""
         self._sent = (-1, -1)
         self._window = []
+        self._missing = False
         self._rewound_ms = self._clock.uptime_ms()
-
-    def _go_back(self):
-        """The gateway says again how far it is, though more is on its way: something before that is missing."""
-        now = self._clock.uptime_ms()
-        if now - self._rewound_ms >= REWIND_EVERY_MS:
-            self._rewind()
 
     def _publish_manifest(self, hash_):
         """Before rows that name it, once a connection; the retained one is that of this boot."""

@@ -41,13 +41,17 @@ KEPT_INSTALLS = 4
 
 @dataclass(slots=True)
 class _Pending:
-    """A message whose rows lie before `position`; when they are durable, `(boot, seq)` is acknowledged."""
+    """A message whose rows lie before `position`; when they are durable, `(boot, upto)` is acknowledged.
+
+    `again`: it came too early, and the node must hear how far we are, also where that is -1, nothing of this boot.
+    """
 
     position: int
     node: str
     install: str
     boot: int
     upto: int
+    again: bool
     mid: int
     connection: Connection
 
@@ -120,13 +124,15 @@ class Ingest:
             # A message before this one is missing. Taken now, these rows would overtake it upstream; the ack that
             # says again how far we are makes the node start there.
             self.ahead += 1
-            position = self._spool.head
+            position, again = self._spool.head, True
+            self._spool.hurry()
         else:
+            again = False
             readings = self._readings(node, data)
             self.rows += len(readings)
             position = self._spool.append(readings)
         upto = self._spool.upto(key)
-        self._pending.append(_Pending(position, node, data.install, data.boot, upto, message.mid, connection))
+        self._pending.append(_Pending(position, node, data.install, data.boot, upto, again, message.mid, connection))
         waiting = self._waiting[node] = self._waiting.get(node, 0) + 1
         if waiting >= HURRY_MESSAGES:
             self._spool.hurry()
@@ -192,7 +198,7 @@ class Ingest:
                 pending = self._pending.popleft()
                 done.append(pending)
                 self._waiting[pending.node] -= 1
-                if pending.upto >= 0:
+                if pending.upto >= 0 or pending.again:
                     to = (pending.boot, pending.upto)
                     acks[(pending.node, pending.install)] = max(acks.get((pending.node, pending.install), to), to)
             for (node, install), (boot, seq) in acks.items():
