@@ -257,7 +257,7 @@ uplink = "upstream"
                 str(config),
                 stdout=log,
                 stderr=log,
-                preexec_fn=end_with_parent(signal.SIGTERM),
+                preexec_fn=end_with_parent(signal.SIGKILL),  # its data is of no use without us
             )
         for _ in range(300):
             with contextlib.suppress(Unreachable):

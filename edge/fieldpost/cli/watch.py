@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -14,11 +15,13 @@ import click
 
 from ..forms.senml import Arrived
 from ..upstream import check, consume
-from ..watch import Channel, Tally, sparkline
+from ..watch import HISTORY, Channel, Tally, sparkline
 
 REFRESH_S = 0.25
 LINES_EVERY_S = 5.0
-COUNTS = ("readings", "repeats", "out of order", "gaps")
+COUNTS = ("readings", "repeats", "late", "gaps")
+BESIDE = 84
+"""What the other columns of the table take, about; the picture of the last values has the rest."""
 
 
 @click.command("watch")
@@ -147,9 +150,10 @@ def table(tally: Tally, link: str) -> Any:
     from rich.text import Text
 
     rows = Table(box=None, pad_edge=False)
-    for column in ("node", "channel", "value", "last 30", "measured", *COUNTS):
+    for column in ("node", "channel", "value", "newest last", "measured", *COUNTS):
         rows.add_column(column, justify="right" if column in ("value", *COUNTS) else "left")
     notes = []
+    shown = max(8, min(HISTORY, shutil.get_terminal_size().columns - BESIDE))
     for name, node in sorted(tally.nodes.items()):
         first = True
         # Text, never str: rich would take a name like "[/x]" for its own markup.
@@ -161,7 +165,7 @@ def table(tally: Tally, link: str) -> Any:
                 *(head if first else [""]),
                 Text(printable(channel_name)),
                 Text(_value(channel), "" if isinstance(channel.value, float) else "bold red"),
-                sparkline(list(channel.history)),
+                sparkline(list(channel.history)[-shown:]),
                 _clock(node.time_s) + _error(node.error_s) if first else "",
                 *(tail if first else []),
             )
