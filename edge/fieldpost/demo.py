@@ -258,6 +258,7 @@ uplink = "upstream"
                 stdout=log,
                 stderr=log,
                 preexec_fn=end_with_parent(signal.SIGKILL),  # its data is of no use without us
+                start_new_session=True,  # Ctrl-C in a terminal is for us: the gateway is needed for the count
             )
         for _ in range(300):
             with contextlib.suppress(Unreachable):
@@ -337,6 +338,7 @@ def embedded_broker(folder: Path) -> Iterator[int]:
             stdout=log,
             stderr=log,
             env={**os.environ, "IOTCORE_LOG_LEVEL": "ERROR"},
+            start_new_session=True,
         )
     try:
         yield port

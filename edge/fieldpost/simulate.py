@@ -67,6 +67,7 @@ class SimulatedNode:
                 stderr=out,
                 env={**os.environ, **paths, "PYTHONUNBUFFERED": "1"},
                 preexec_fn=end_with_parent(signal.SIGKILL),
+                start_new_session=True,  # Ctrl-C in a terminal is for us; we tell the node
             )
         return self
 

@@ -42,7 +42,8 @@ def demo(place: Path) -> Iterator[Started]:
     def start(*words: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-u", "-m", "fieldpost", "demo", *words]
         env = {**os.environ, "TMPDIR": str(place)}
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env))
+        out, err = subprocess.PIPE, subprocess.STDOUT
+        started.append(subprocess.Popen(command, stdout=out, stderr=err, text=True, env=env, start_new_session=True))
         return started[-1]
 
     yield start
@@ -93,13 +94,13 @@ def test_a_message_that_upstream_confirms_and_swallows_is_found_out(demo: Starte
 
 
 @pytest.mark.slow
-def test_sigterm_in_the_middle_of_an_outage_ends_with_a_count(demo: Started, place: Path) -> None:
-    process = demo("--cut-after", "2", "--cut-for", "60")
+def test_ctrl_c_in_the_middle_of_an_outage_ends_with_a_count(demo: Started, place: Path) -> None:
+    process = demo("--cut-after", "6", "--cut-for", "60")
     assert process.stdout
     for line in process.stdout:
         if "CUT" in line:
             break
-    process.terminate()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "the line is back" in out and COUNT.search(out), out
     assert environed(place) == [] and list(place.iterdir()) == []

@@ -20,7 +20,7 @@ from ..watch import HISTORY, Channel, Tally, sparkline
 REFRESH_S = 0.25
 LINES_EVERY_S = 5.0
 COUNTS = ("readings", "repeats", "late", "gaps")
-BESIDE = 84
+BESIDE = 90
 """What the other columns of the table take, about; the picture of the last values has the rest."""
 
 
