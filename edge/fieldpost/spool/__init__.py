@@ -40,6 +40,12 @@ SAVE_CURSORS_EVERY = 20_000
 
 RETRY_COMMIT_S = 2.0
 
+HURRIED_LINGER_S = 0.01
+"""What a node that waits for its ack does not notice, and a busy gateway gathers hundreds of readings in."""
+
+MEASURE_EVERY_S = 0.5
+"""How old the figures may be by which the spool is full."""
+
 
 @dataclass(frozen=True, slots=True)
 class SpoolSettings:
@@ -129,6 +135,7 @@ class Spool:
         self._trouble = ""
         self._bytes = 0
         self._free = 0
+        self._measured_at = 0.0
         self._hurry = False
         self._news = Signal()
         self._durable = Signal()
@@ -352,29 +359,32 @@ class Spool:
                 async with asyncio.timeout(SAVE_CURSORS_EVERY_S):
                     await self._work.wait()
             self._work.clear()
-            if self._stage.waiting and not self._pressing():
+            if self._stage.waiting:
                 await self._linger()
             try:
                 # What came in while the last commit was written goes next at once only if somebody waits for it.
                 while self._stage.waiting or self._unsaved_cursors() or self._trouble:
                     await self._commit()
-                    if self._closing.is_set() or not self._pressing():
+                    if self._closing.is_set() or not self._large():
                         break
                 if self._stage.waiting:
                     self._work.set()
             except SpoolFault as fault:
                 await self._recover(fault)
 
-    def _pressing(self) -> bool:
-        return (
-            self._closing.is_set()
-            or self._hurry
-            or self._stage.waiting >= min(COMMIT_LIMIT, self._settings.stage_readings) // 2
-        )
+    def _large(self) -> bool:
+        """So much has gathered, or it is so late, that waiting for more gains nothing."""
+        large = min(COMMIT_LIMIT, self._settings.stage_readings) // 2
+        return self._closing.is_set() or self._stage.waiting >= large
 
     async def _linger(self) -> None:
+        """Wait for more to write in one go: for the linger, or only for a moment once somebody waits."""
         deadline = time.monotonic() + self._settings.linger_s
-        while not self._pressing() and (left := deadline - time.monotonic()) > 0:
+        while not self._large():
+            if self._hurry:
+                deadline = min(deadline, time.monotonic() + HURRIED_LINGER_S)
+            if (left := deadline - time.monotonic()) <= 0:
+                return
             self._work.clear()
             with contextlib.suppress(asyncio.TimeoutError):
                 async with asyncio.timeout(left):
@@ -423,9 +433,11 @@ class Spool:
         self._log.commit(work)
         if self._commits % 16 == 0:
             self._log.shrink()
-        self._measure()
+        if time.monotonic() - self._measured_at >= MEASURE_EVERY_S:
+            self._measure()
 
     def _measure(self) -> None:
+        self._measured_at = time.monotonic()
         try:
             self._bytes = self._log.used_bytes()
             disk = os.statvfs(self._settings.folder)
