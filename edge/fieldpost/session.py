@@ -57,6 +57,10 @@ class Session:
                 self.state = "lost"
                 self._control = None
                 self._ingest.forget_pending()
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                # Cancelled in the moment of the loss: a TaskGroup of Python 3.11 tells of the loss only.
+                raise asyncio.CancelledError
             await asyncio.sleep(pause.longer())
 
     async def _serve(self, pause: Pause) -> None:

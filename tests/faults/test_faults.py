@@ -160,6 +160,13 @@ async def test_a_message_that_the_broker_confirmed_and_lost_is_not_freed_by_a_la
     assert gateway.ask("ledger") == []
 
 
+def test_a_gateway_ends_when_told_in_the_moment_in_which_its_broker_dies(gateway: Gateway) -> None:
+    for _ in range(5):
+        os.kill(gateway.broker_pid, 9)
+        assert gateway.stop() == 0
+        gateway.start()
+
+
 async def test_a_stale_will_is_ignored(gateway: Gateway) -> None:
     async with ScriptedNode(gateway) as node:
         node.connection = 2

@@ -74,7 +74,7 @@ def test_a_count_is_good_only_where_something_was_promised_and_nothing_lost() ->
 
 @pytest.mark.slow
 def test_the_count_holds_after_an_outage_and_nothing_is_left(demo: Started, place: Path) -> None:
-    process = demo("--seconds", "9", "--cut-after", "2", "--cut-for", "3")
+    process = demo("--seconds", "14", "--cut-after", "6", "--cut-for", "3")
     out, _ = process.communicate(timeout=90)
     count = COUNT.search(out)
     assert process.returncode == 0 and count, out
