@@ -144,17 +144,22 @@ class _Child:
 
     async def stop(self) -> None:
         if self._is_alive():
-            os.kill(self._pid, signal.SIGTERM)
+            self._signal(signal.SIGTERM)
             for _ in range(100):
                 if not self._is_alive():
                     break
                 await asyncio.sleep(0.05)
             else:
-                os.kill(self._pid, signal.SIGKILL)
+                self._signal(signal.SIGKILL)
         if self._child is not None:
             await self._child.wait()
             if self._child.stdin:
                 self._child.stdin.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        """A process can be gone before we have been told."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, number)
 
     def _configure(self) -> bool:
         """Write the broker's files; returns whether something changed that it reads only when it starts."""
@@ -242,7 +247,7 @@ class Mosquitto(_Child):
         """Rewrite the password file and have mosquitto read it again; no connection is dropped."""
         self._keys = dict(keys)
         self._configure()
-        os.kill(self._pid, signal.SIGHUP)
+        self._signal(signal.SIGHUP)
 
     def _configure(self) -> bool:
         config, folder = self._config, self._folder

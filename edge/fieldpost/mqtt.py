@@ -67,7 +67,6 @@ class Connection:
         thousands of PUBACKs a second that costs more than the PUBACKs. Call it in the loop, once connected.
         """
         loop = asyncio.get_running_loop()
-        register = self._paho.on_socket_register_write
         asked = False
 
         def ask(client: paho.Client, userdata: object, sock: Any) -> None:
@@ -79,8 +78,15 @@ class Connection:
         def give(sock: Any) -> None:
             nonlocal asked
             asked = False
-            if register is not None and sock.fileno() >= 0:
-                register(self._paho, None, sock)
+            if sock.fileno() >= 0 and not self.is_lost:
+                loop.add_writer(sock.fileno(), write)
+
+        def write() -> None:
+            try:
+                self._paho.loop_write()
+            except OSError as error:
+                if not self.is_lost:
+                    self._aio._disconnected.set_exception(error)
 
         self._paho.on_socket_register_write = ask
 
@@ -175,6 +181,7 @@ async def connect(
     try:
         yield connection
     finally:
+        client._client.on_socket_register_write = None  # paho then says goodbye by itself, at once
         with contextlib.suppress(aiomqtt.MqttError):
             await client.__aexit__(None, None, None)
         _silence(client)
