@@ -40,6 +40,7 @@ class Session:
         self._presence = presence
         self._dating = dating
         self._control: Connection | None = None
+        self._attempt = 0
         self.state = "lost"
 
     async def run(self) -> None:
@@ -65,16 +66,21 @@ class Session:
 
     async def _serve(self, pause: Pause) -> None:
         lost = wire.encode_gateway_state("lost")
+        # rumqttd takes a new connection down with the old one of the same id; our mosquitto goes by the user name.
+        self._attempt += 1
+        control_id, intake_id = f"{CONTROL}.{self._attempt}", f"{INTAKE}.{self._attempt}"
         async with (
             asyncio.TaskGroup() as parts,
             connect(
-                self._broker.address(CONTROL), CONTROL, self._take_control, will=(wire.GATEWAY_STATE, lost)
+                self._broker.address(CONTROL), control_id, self._take_control, will=(wire.GATEWAY_STATE, lost)
             ) as control,
         ):
             self._control = control
             await control.subscribe([(f"{ROOT}/+/state", 1)])
             intake: Connection
-            async with connect(self._broker.address(INTAKE), INTAKE, lambda m: self._ingest.take(intake, m)) as intake:
+            async with connect(
+                self._broker.address(INTAKE), intake_id, lambda m: self._ingest.take(intake, m)
+            ) as intake:
                 await intake.subscribe([(f"{ROOT}/+/manifest", 1), (f"{ROOT}/+/data", 1)])
                 pause.reset()
                 tasks = [
@@ -93,6 +99,7 @@ class Session:
 
     async def _leave(self, control: Connection, lost: bytes) -> None:
         """A clean end sends no last will, so say it ourselves."""
+        self.state = "lost"
         if not control.is_lost:
             try:
                 async with asyncio.timeout(2):
@@ -104,7 +111,8 @@ class Session:
         """A node's state or last will."""
         control = self._control
         if message.topic == wire.GATEWAY_STATE:
-            return  # our own, which the nodes' topics match as well
+            self._mind_own_state(control, message)
+            return
         try:
             node, leaf = wire.parse_topic(message.topic)
             if leaf != "state":
@@ -119,6 +127,16 @@ class Session:
             log.debug("control: %s", lost)  # the session ends by the connection's own word
         if control is not None:
             control.acknowledge(message.mid)
+
+    def _mind_own_state(self, control: Connection | None, message: Incoming) -> None:
+        """Our own state comes back, since it is a node's topic by form: the will of a connection that died earlier
+        may come after the `up` of this one, and nodes would believe it."""
+        if control is None:
+            return
+        control.acknowledge(message.mid)
+        said = wire.encode_gateway_state(self.state)
+        if self.state != "lost" and message.payload != said and not message.retained:
+            control.publish(wire.GATEWAY_STATE, said, retain=True)
 
     def _take_state(self, control: Connection | None, node: str, state: wire.State, *, live: bool) -> None:
         now = boottime_ms()

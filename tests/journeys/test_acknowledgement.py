@@ -153,6 +153,19 @@ async def test_a_gateway_whose_stage_is_full_says_so_and_acknowledges_nothing_it
         assert gateway.status()["spool"]["head"] >= node.acked[1]
 
 
+async def test_a_late_will_of_the_gateway_does_not_stop_the_nodes_and_a_clean_end_does(gateway: Gateway) -> None:
+    key = (gateway.data / "broker" / "gateway.control.key").read_text().strip()
+    async with ScriptedNode(gateway) as node:
+        await until_async(lambda: node.gateway_states[-1:] == ["up"], "up")
+        # With its user name it takes the place of the gateway's own connection, which then comes back.
+        async with aiomqtt.Client("127.0.0.1", gateway.port, username="gateway.control", password=key) as other:
+            await other.publish("fp1/gateway/state", b'{"st":"lost"}', qos=1, retain=True)
+            await until_async(lambda: "lost" in node.gateway_states, "lost")
+        await until_async(lambda: node.gateway_states[-1] == "up", "up again")
+        assert gateway.stop() == 0
+        await until_async(lambda: node.gateway_states[-1] == "lost", "told to hold on")
+
+
 HOSTILE = [
     (b"", "json"),
     (b"\xff\xfe\x00", "json"),
