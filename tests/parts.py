@@ -75,6 +75,7 @@ kind = "{kind}"
 listen = "127.0.0.1:{self.port}"
 [spool]
 min_free_disk = "1MB"
+{"" if "linger_s" in spool else "linger_s = 0.5"}
 {spool}
 {uplinks}
 """

@@ -13,13 +13,16 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 from urllib.parse import unquote, urlsplit
 
 from .errors import ConfigError
+from .urgency import UrgentRule
 
 _SIZE = re.compile(r"(\d+)\s*(B|kB|MB|GB|KiB|MiB|GiB)?\Z")
 _UNITS = {None: 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d|w)?\Z")
+_SECONDS = {None: 1, "s": 1, "min": 60, "h": 3600, "d": 86400, "w": 604_800}
 _WORD = r"[a-z0-9-]{1,32}"
 
 
@@ -44,6 +47,14 @@ class SpoolConfig:
     stage_readings: int
     max_bytes: int
     min_free_bytes: int
+    keep_s: float
+    write: str
+    ack_when: str
+    full: str
+    max_age_s: float
+    urgent_max_bytes: int
+    urgent_max_age_s: float
+    trust_card: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +74,23 @@ class UplinkConfig:
     queue_type: str = "quorum"
     declare: bool = True
     timeout_s: float = 15.0
+    durable: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
 class RouteConfig:
-    """Which uplink gets the readings, in batches of what size. `id` is where its progress is kept; never change it."""
+    """Which uplink gets the readings, in batches of what size. `id` is where its progress is kept; never change it.
+
+    `ttl_s`: older readings are not sent any more; 0: never. The paces hold for history after an outage; 0: none.
+    """
 
     id: str
     uplink: str
     batch_readings: int
     window: int
+    ttl_s: float = 0.0
+    backfill_readings_per_s: float = 0.0
+    backfill_bytes_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +104,7 @@ class Config:
     spool: SpoolConfig
     uplinks: tuple[UplinkConfig, ...]
     routes: tuple[RouteConfig, ...]
+    urgent: tuple[UrgentRule, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +114,12 @@ class Folders:
     config: Path
     data: Path
     run: Path
+
+
+def parse_duration(text: str) -> float | None:
+    """Seconds of "90s", "15min", "6h", "7d" or a plain number; None where it is none of these."""
+    match = _DURATION.match(text)
+    return float(match[1]) * _SECONDS[match[2]] if match else None
 
 
 def folders() -> Folders:
@@ -134,6 +159,7 @@ def parse(raw: dict[str, Any], base: Path) -> Config:
     spool = _spool(top.table("spool"))
     uplinks = [_uplink(table, name) for table in top.tables("uplinks")]
     routes = [_route(table, [uplink.name for uplink in uplinks]) for table in top.tables("routes")]
+    urgent = [_urgent(table) for table in top.tables("urgent")]
     top.done()
     _unique(faults, "uplinks", "name", [uplink.name for uplink in uplinks])
     _unique(faults, "routes", "id", [route.id for route in routes])
@@ -141,7 +167,7 @@ def parse(raw: dict[str, Any], base: Path) -> Config:
         faults.append(f"gateway.control: the path is {len(str(control))} bytes; a unix socket's must be below 100")
     if faults:
         raise ConfigError(faults)
-    return Config(name, data, control, broker, spool, tuple(uplinks), tuple(routes))
+    return Config(name, data, control, broker, spool, tuple(uplinks), tuple(routes), tuple(urgent))
 
 
 def _broker(table: _Table, control: Path) -> BrokerConfig:
@@ -163,11 +189,19 @@ def _broker(table: _Table, control: Path) -> BrokerConfig:
 
 def _spool(table: _Table) -> SpoolConfig:
     config = SpoolConfig(
-        # A second gathers what several nodes send into one write; nodes wait for it with readings in hand.
-        linger_s=table.number("linger_s", 1.0, 0.0, 60.0),
+        # Gathers what all nodes send into one write; they wait for it with the readings in hand.
+        linger_s=table.number("linger_s", 5.0, 0.0, 60.0),
         stage_readings=int(table.number("stage_readings", 20_000, 100, 1_000_000)),
         max_bytes=table.size("max_bytes", 2_000_000_000),
         min_free_bytes=table.size("min_free_disk", 200_000_000),
+        keep_s=table.duration("keep", "7d"),
+        write=table.choice("write", "when-needed", ["when-needed", "always"]),
+        ack_when=table.choice("ack_when", "durable", ["durable", "any-uplink", "all-uplinks"]),
+        full=table.choice("full", "thin", ["thin", "drop-oldest", "hold"]),
+        max_age_s=table.duration("max_age", "0"),
+        urgent_max_bytes=table.size("urgent_max_bytes", 0),
+        urgent_max_age_s=table.duration("urgent_max_age", "0"),
+        trust_card=table.flag("trust_card", False),
     )
     table.done()
     return config
@@ -206,9 +240,29 @@ def _uplink(table: _Table, gateway: str) -> UplinkConfig:
         queue_type=table.choice("queue_type", "quorum", ["quorum", "classic"]) if kind == "amqp" else "",
         declare=table.flag("declare", True) if kind == "amqp" else True,
         timeout_s=table.number("timeout_s", 15.0, 0.5, 300.0),
+        durable=_durable(table) if kind == "amqp" else "no",
     )
     table.done()
     return config
+
+
+def _durable(table: _Table) -> str:
+    """Left out: the broker is asked."""
+    return {None: "auto", True: "yes", False: "no"}[table.flag("durable", None)]
+
+
+def _urgent(table: _Table) -> UrgentRule:
+    rule = UrgentRule(
+        node=table.text("node", "*"),
+        channel=table.text("channel", None),
+        above=table.maybe_number("above"),
+        below=table.maybe_number("below"),
+        failed=bool(table.flag("failed", False)),
+    )
+    if rule.above is None and rule.below is None and not rule.failed:
+        table.fault("", "says not when: set above, below or failed = true")
+    table.done()
+    return rule
 
 
 def _route(table: _Table, uplinks: list[str]) -> RouteConfig:
@@ -217,6 +271,9 @@ def _route(table: _Table, uplinks: list[str]) -> RouteConfig:
         uplink=table.text("uplink", None),
         batch_readings=int(table.number("batch_readings", 500, 1, 10_000)),
         window=int(table.number("window", 8, 1, 100)),
+        ttl_s=table.duration("ttl", "0"),
+        backfill_readings_per_s=table.number("backfill_readings_per_s", 0.0, 0.0, 1e9),
+        backfill_bytes_per_s=table.number("backfill_bytes_per_s", 0.0, 0.0, 1e9),
     )
     if config.uplink and config.uplink not in uplinks:
         there = ", ".join(f'"{name}"' for name in uplinks) or "none yet: add a table [[uplinks]]"
@@ -298,12 +355,34 @@ class _Table:
             return default
         return value
 
-    def flag(self, key: str, default: bool) -> bool:
+    def maybe_number(self, key: str) -> float | None:
+        value = self._take(key, None)
+        if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+            return value
+        self.fault(key, f"must be a number, not {value!r}")
+        return None
+
+    @overload
+    def flag(self, key: str, default: bool) -> bool: ...
+
+    @overload
+    def flag(self, key: str, default: None) -> bool | None: ...
+
+    def flag(self, key: str, default: bool | None) -> bool | None:
         value = self._take(key, default)
-        if not isinstance(value, bool):
+        if value is not default and not isinstance(value, bool):
             self.fault(key, f"must be true or false, not {value!r}")
             return default
         return value
+
+    def duration(self, key: str, default: str) -> float:
+        """Seconds; written as a number of them, or with a unit: "90s", "15min", "6h", "7d"."""
+        value = self._take(key, default)
+        seconds = None if isinstance(value, bool) else parse_duration(str(value))
+        if seconds is None:
+            self.fault(key, f'must be a time such as "90s", "15min", "6h" or "7d", not {value!r}')
+            return parse_duration(default) or 0.0
+        return seconds
 
     def size(self, key: str, default: int) -> int:
         value = self._take(key, default)

@@ -83,11 +83,11 @@ async def _answer(line: bytes, verbs: dict[str, Verb]) -> dict[str, Any]:
         return {"ok": False, "error": str(error)}
 
 
-def ask(path: Path, verb: str, **request: Any) -> Any:
+def ask(path: Path, verb: str, *, timeout_s: float = TIMEOUT_S, **request: Any) -> Any:
     """Ask a running gateway. Raises Unreachable, with what to do, where none answers or it can't comply."""
     try:
         with socket.socket(socket.AF_UNIX) as door:
-            door.settimeout(TIMEOUT_S)
+            door.settimeout(timeout_s)
             door.connect(str(path))
             door.sendall(msgspec.json.encode({"verb": verb, **request}) + b"\n")
             with door.makefile("rb") as answers:

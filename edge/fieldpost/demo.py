@@ -191,8 +191,7 @@ class Demo:
             status = ask(self._control, "status")
         except Unreachable:
             return 0
-        backlog: dict[str, int] = status["spool"]["backlog"]
-        return max([0, *backlog.values()])
+        return max([0, *(int(route["backlog"]) for route in status["routes"])])
 
     def _missing(self) -> int:
         """Acknowledged rows that have neither arrived nor are named by a gap record."""
@@ -235,6 +234,8 @@ kind = "embedded"
 listen = "127.0.0.1:{self._port}"
 [spool]
 min_free_disk = "1MB"
+trust_card = true
+linger_s = 1
 [[uplinks]]
 name = "upstream"
 kind = "mqtt"

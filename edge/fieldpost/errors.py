@@ -6,6 +6,7 @@ FieldpostError
 ├── Rejected        set aside: the far side will never take this message
 ├── Malformed       count and drop: what came from the network is not the protocol
 └── SpoolFault      stop acknowledging: the disk did not keep what it was given
+    └── SpoolBroken set the file aside: what is on the disk is not what was written
 """
 
 from __future__ import annotations
@@ -43,3 +44,7 @@ class Malformed(FieldpostError):
 
 class SpoolFault(FieldpostError):
     """The spool could not be written; what was handed over counts as not kept."""
+
+
+class SpoolBroken(SpoolFault):
+    """The spool's file is damaged: set it aside, begin a new one, and take over what can be read."""

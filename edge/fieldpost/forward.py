@@ -11,20 +11,23 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from .config import RouteConfig
 from .errors import Rejected, SpoolFault, Unreachable
-from .reading import Manifest
+from .reading import Manifest, Reading
 from .routes import message
-from .spool import Batch, Spool
+from .spool import Batch, Kind, Spool
 from .uplinks.base import Uplink
 
 log = logging.getLogger(__name__)
 
 REFUSALS = 3
 """How often a far side must refuse a single reading before it is set aside."""
+
+GATHER_ABOVE_PER_S = 300
+GATHER_S = 0.005
 
 
 class Pause:
@@ -47,7 +50,7 @@ class Pause:
 @dataclass(slots=True)
 class _InFlight:
     batch: Batch
-    delivery: asyncio.Task[None]
+    delivery: asyncio.Task[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,7 @@ class RouteStatus:
     uplink: str
     state: str
     detail: str
+    durable: bool
     since_s: float
     confirmed: int
     messages: int
@@ -65,6 +69,23 @@ class RouteStatus:
     rate: float
     in_flight: int
     set_aside: int
+
+
+class Pace:
+    """Lets so much through in a second; what is above waits. 0: as much as there is."""
+
+    def __init__(self, per_s: float) -> None:
+        self._per_s = per_s
+        self._free_at = 0.0
+
+    def wait_s(self) -> float:
+        """How long until something may go."""
+        return max(0.0, self._free_at - time.monotonic()) if self._per_s else 0.0
+
+    def spend(self, amount: int) -> None:
+        """So much has gone."""
+        if self._per_s:
+            self._free_at = max(self._free_at, time.monotonic()) + amount / self._per_s
 
 
 class Route:
@@ -75,8 +96,8 @@ class Route:
         self._spool = spool
         self._uplink = uplink
         self._manifests = manifests
-        self._position = spool.cursor(config.id)
-        self._window: deque[_InFlight] = deque()
+        self._windows: dict[Kind, deque[_InFlight]] = {"urgent": deque(), "live": deque(), "backfill": deque()}
+        self._paces = (Pace(config.backfill_readings_per_s), Pace(config.backfill_bytes_per_s))
         self._pause = Pause()
         self._lost_at: float | None = None
         self._confirmed = self._messages = self._bytes = self._set_aside = 0
@@ -85,93 +106,112 @@ class Route:
     async def run(self) -> None:
         """Open the uplink, carry, and open it again whenever it is lost."""
         while True:
-            refused = None
+            refused: tuple[Batch, Rejected] | None = None
             try:
                 await self._uplink.open()
                 self._back()
-                await self._carry()
+                refused = await self._carry()
             except Unreachable as lost:
                 self._lost(lost)
-            except Rejected as error:
-                refused = error
             except SpoolFault as fault:
                 log.error("route %s can't read the spool: %s", self.config.id, fault)
             finally:
                 await self._let_go()
             if refused is not None:
-                await self._isolate(refused)
+                await self._isolate(*refused)
             else:
                 await asyncio.sleep(self._pause.longer())
 
-    async def _carry(self) -> None:
-        """Keep a window of batches on their way; advance in order as they are confirmed."""
+    async def _carry(self) -> tuple[Batch, Rejected]:
+        """Keep a window of batches on their way, urgent ones first, history last; returns when one is refused."""
         while True:
-            while self._window and self._window[0].delivery.done():
-                self._confirm(self._window.popleft())
-            if self._wants_more():
-                await self._send()
-            elif self._window:
-                await self._something_happens()
+            for window in self._windows.values():
+                while window and window[0].delivery.done():
+                    if refused := self._confirm(window.popleft()):
+                        return refused
+            kind = await self._next_kind()
+            if kind is not None:
+                await self._send(kind)
             else:
-                await self._spool.wait_for(self._position)
+                await self._something_happens()
 
-    def _wants_more(self) -> bool:
-        """A whole batch goes whenever the window has room; less than one only when nothing else is on its way."""
-        waiting = self._spool.head - self._position
-        if not self._window:
-            return waiting > 0
-        return waiting >= self.config.batch_readings and len(self._window) < self.config.window
+    async def _next_kind(self) -> Kind | None:
+        """What may go now. An idle uplink gets a reading at once, a busy one what has gathered."""
+        urgent, live, history = self._spool.unsent(self.config.id)
+        window, whole = self.config.window, self.config.batch_readings
+        flying = sum(len(w) for w in self._windows.values())
+        if urgent > 0 and (not self._windows["urgent"] or urgent >= whole) and flying < window + 1:
+            return "urgent"
+        if live > 0 and flying < window and (not self._windows["live"] or live >= whole):
+            if live < whole and self._rate_now() > GATHER_ABOVE_PER_S:
+                # At thousands a second a message for each handful costs more than these few milliseconds.
+                await asyncio.sleep(GATHER_S)
+            return "live"
+        # The last place of the window is kept for what is fresh.
+        if history > 0 and flying < max(1, window - 1) and not any(pace.wait_s() for pace in self._paces):
+            return "backfill"
+        return None
 
-    async def _send(self) -> None:
-        batch = await self._spool.next(self._position, self.config.batch_readings)
-        self._position = batch.past
+    async def _send(self, kind: Kind) -> None:
+        batch = await self._spool.take(self.config.id, kind, self.config.batch_readings)
+        if batch is None:
+            return
+        if kind == "backfill":
+            self._paces[0].spend(len(batch.readings))
         delivery = asyncio.create_task(self._deliver(batch), name=f"deliver {self.config.id}")
-        self._window.append(_InFlight(batch, delivery))
+        self._windows[kind].append(_InFlight(batch, delivery))
         await asyncio.sleep(0)  # the delivery begins before the next one is made: messages keep their order
 
-    async def _deliver(self, batch: Batch) -> None:
-        if batch.readings:
-            sent = message(batch.readings, self._manifests)
-            await self._uplink.deliver(sent)
-            self._messages += 1
-            self._bytes += len(sent.body)
+    async def _deliver(self, batch: Batch) -> int:
+        """Returns the bytes of the message, once it is confirmed."""
+        if not batch.readings:
+            return 0
+        sent = message(batch.readings, self._manifests, lane="" if batch.kind == "live" else batch.kind)
+        if batch.kind == "backfill":
+            self._paces[1].spend(len(sent.body))
+        await self._uplink.deliver(sent)
+        self._messages += 1
+        self._bytes += len(sent.body)
+        return len(sent.body)
 
-    def _confirm(self, done: _InFlight) -> None:
-        """Raises what the delivery raised; else the batch need never be read again."""
+    def _confirm(self, done: _InFlight) -> tuple[Batch, Rejected] | None:
+        """The batch need not be read again. Raises Unreachable; returns a batch that was refused."""
         try:
             done.delivery.result()
-        except Rejected:
-            self._window.appendleft(done)
-            raise
-        self._spool.advance(self.config.id, done.batch.past)
+        except Rejected as refused:
+            return done.batch, refused
+        self._spool.confirm(self.config.id, done.batch)
         self._count(len(done.batch.readings))
         self._pause.reset()
+        return None
 
     async def _something_happens(self) -> None:
-        """The oldest delivery ends, or a whole batch has gathered and the window has room for it."""
-        if len(self._window) >= self.config.window:
-            await asyncio.wait([self._window[0].delivery])
-            return
-        whole = asyncio.ensure_future(self._spool.wait_for(self._position + self.config.batch_readings - 1))
+        """A delivery ends, something new was taken, or the pace lets history go on."""
+        waits: list[asyncio.Future[object]] = [window[0].delivery for window in self._windows.values() if window]  # type: ignore[misc]
+        flying = sum(len(window) for window in self._windows.values())
+        news = None
+        if flying <= self.config.window:
+            news = asyncio.ensure_future(self._spool.news())
+            waits.append(news)
+        paced = [pace.wait_s() for pace in self._paces if pace.wait_s()]
         try:
-            await asyncio.wait([self._window[0].delivery, whole], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED, timeout=max(paced, default=None))
         finally:
-            whole.cancel()
+            if news is not None:
+                news.cancel()
 
-    async def _isolate(self, refused: Rejected) -> None:
+    async def _isolate(self, batch: Batch, refused: Rejected) -> None:
         """The far side refused a batch: deliver it in halves until the bad reading stands alone, and set that aside."""
-        start = self._spool.cursor(self.config.id)
-        batch = await self._spool.next(start, self.config.batch_readings)
-        log.warning(
-            "route %s: refused: %s; looking for the reading in %d", self.config.id, refused, len(batch.readings)
-        )
+        route = self.config.id
+        log.warning("route %s: refused: %s; looking for the reading in %d", route, refused, len(batch.readings))
         try:
             await self._uplink.open()
+            self._spool.link(route, up=True, durable=self._uplink.status().durable)
             await self._deliver_in_parts(batch)
         except Unreachable as lost:
             self._lost(lost)
         finally:
-            self._position = self._spool.cursor(self.config.id)
+            self._spool.link(route, up=False)
             await self._uplink.close()
 
     async def _deliver_in_parts(self, batch: Batch, refusals: int = 0) -> None:
@@ -181,29 +221,32 @@ class Route:
             await self._uplink.close()  # a refusal may have cost the connection
             await self._uplink.open()
             if len(batch.readings) > 1:
-                middle = len(batch.readings) // 2
-                cut = batch.first + middle
-                await self._deliver_in_parts(Batch(batch.first, cut, batch.readings[:middle]))
-                await self._deliver_in_parts(Batch(cut, batch.past, batch.readings[middle:]))
+                for half in _halves(batch):
+                    await self._deliver_in_parts(half)
             elif refusals + 1 < REFUSALS:
                 await self._deliver_in_parts(batch, refusals + 1)
             else:
                 self._set_aside += 1
                 log.error("route %s: %s set aside: %s", self.config.id, batch.readings[0].id, refused)
                 self._spool.set_aside(self.config.id, batch.readings[0], str(refused))
-                self._spool.advance(self.config.id, batch.past)
+                self._spool.confirm(self.config.id, batch)
         else:
-            self._spool.advance(self.config.id, batch.past)
+            self._spool.confirm(self.config.id, batch)
             self._count(len(batch.readings))
+
+    async def deliver_again(self, reading: Reading) -> None:
+        """Try a reading once more that was set aside. Raises Unreachable or Rejected."""
+        await self._uplink.deliver(message([reading], self._manifests, lane="backfill"))
 
     async def _let_go(self) -> None:
         """Whatever was on its way counts as not delivered: it is sent again, with the same ids."""
-        deliveries = [flight.delivery for flight in self._window]
-        self._window.clear()
+        deliveries = [flight.delivery for window in self._windows.values() for flight in window]
+        for window in self._windows.values():
+            window.clear()
         for delivery in deliveries:
             delivery.cancel()
         await asyncio.gather(*deliveries, return_exceptions=True)
-        self._position = self._spool.cursor(self.config.id)
+        self._spool.link(self.config.id, up=False)
         await self._uplink.close()
 
     def _lost(self, lost: Unreachable) -> None:
@@ -212,11 +255,21 @@ class Route:
             log.warning("uplink %s lost: %s", self.config.uplink, lost)
 
     def _back(self) -> None:
+        durable = self._uplink.status().durable
+        self._spool.link(self.config.id, up=True, durable=durable)
         if self._lost_at is not None:
             away_s = time.monotonic() - self._lost_at
-            waiting = self._spool.head - self._position
+            waiting = self._spool.backlog(self.config.id)
             log.info("uplink %s is back after %.0f s, %d readings waiting", self.config.uplink, away_s, waiting)
             self._lost_at = None
+
+    def _rate_now(self) -> float:
+        """Readings confirmed in the last second or so, per second."""
+        if not self._rate:
+            return 0.0
+        now = time.monotonic()
+        recent = [(at, count) for at, count in list(self._rate)[-2:] if now - at < 3]
+        return sum(count for _, count in recent) / max(1.0, now - recent[0][0]) if recent else 0.0
 
     def _count(self, readings: int) -> None:
         self._confirmed += readings
@@ -239,11 +292,21 @@ class Route:
             uplink=self.config.uplink,
             state=uplink.state,
             detail=uplink.detail,
+            durable=uplink.durable,
             since_s=now - self._lost_at if self._lost_at is not None else 0.0,
             confirmed=self._confirmed,
             messages=self._messages,
             bytes=self._bytes,
             rate=sum(count for _, count in recent) / span,
-            in_flight=len(self._window),
+            in_flight=sum(len(window) for window in self._windows.values()),
             set_aside=self._set_aside,
         )
+
+
+def _halves(batch: Batch) -> Iterator[Batch]:
+    """A batch as two. What a replay picked out lies somewhere in its positions: they count with the second half."""
+    middle = len(batch.readings) // 2
+    span = batch.flight.span
+    cut = batch.first + middle if span is None or span.whole else batch.first
+    yield replace(batch, flight=replace(batch.flight, past=cut), readings=batch.readings[:middle])
+    yield replace(batch, flight=replace(batch.flight, first=cut), readings=batch.readings[middle:])

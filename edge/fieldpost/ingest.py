@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,8 +20,9 @@ from .mqtt import Connection, Incoming
 from .nodes.presence import Presence
 from .nodes.time import Dating
 from .reading import Event, Manifest, Reading
-from .spool import Spool
+from .spool import Spool, Ticket
 from .spool.marks import Key
+from .urgency import Urgency
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +43,12 @@ KEPT_INSTALLS = 4
 
 @dataclass(slots=True)
 class _Pending:
-    """A message whose rows lie before `position`; when they are durable, `(boot, upto)` is acknowledged.
+    """A message whose rows are in `ticket`; when that is safe, `(boot, upto)` is acknowledged.
 
     `again`: it came too early, and the node must hear how far we are, also where that is -1, nothing of this boot.
     """
 
-    position: int
+    ticket: Ticket
     node: str
     install: str
     boot: int
@@ -59,8 +61,9 @@ class _Pending:
 class Ingest:
     """Takes messages, and acknowledges them when they are safe."""
 
-    def __init__(self, spool: Spool, presence: Presence, dating: Dating) -> None:
+    def __init__(self, spool: Spool, presence: Presence, dating: Dating, urgency: Urgency | None = None) -> None:
         self._spool = spool
+        self._urgency = urgency or Urgency(())
         self._presence = presence
         self._dating = dating
         self._pending: deque[_Pending] = deque()
@@ -70,6 +73,7 @@ class Ingest:
         self._manifests: dict[str, set[str]] = {}
         self._news = asyncio.Event()
         self.rejected: dict[str, int] = {}
+        self.synchronised: bool | None = None  # what the kernel said last; None: ask it
         self.refused = 0
         self.ahead = 0
         self.messages = 0
@@ -124,15 +128,15 @@ class Ingest:
             # A message before this one is missing. Taken now, these rows would overtake it upstream; the ack that
             # says again how far we are makes the node start there.
             self.ahead += 1
-            position, again = self._spool.head, True
+            ticket, again = self._spool.ticket, True
             self._spool.hurry()
         else:
             again = False
             readings = self._readings(node, data)
             self.rows += len(readings)
-            position = self._spool.append(readings)
+            ticket = self._spool.append(readings, self._urgent(node, data))
         upto = self._spool.upto(key)
-        self._pending.append(_Pending(position, node, data.install, data.boot, upto, again, message.mid, connection))
+        self._pending.append(_Pending(ticket, node, data.install, data.boot, upto, again, message.mid, connection))
         waiting = self._waiting[node] = self._waiting.get(node, 0) + 1
         if waiting >= HURRY_MESSAGES:
             self._spool.hurry()
@@ -175,26 +179,48 @@ class Ingest:
         if data.current and not message.repeated:
             self._dating.hear(node, data.install, data.boot, data.uptime_ms, now)
 
+    def _urgent(self, node: str, data: wire.Data) -> Collection[int]:
+        """The seqs of the rows that overtake the others: decided here, once."""
+        manifest = self._spool.manifest(data.manifest)
+        if manifest is None or not self._urgency.concerns(node):
+            return ()
+        return {data.first_seq + n for n, row in enumerate(data.rows) if self._urgency.is_urgent(node, manifest, row)}
+
     def _readings(self, node: str, data: wire.Data) -> list[Reading]:
         uptimes = [data.uptime_ms - age for age in data.ages_ms]
-        dated = self._dating.date(
+        self._spool.observe_clock(self.synchronised)
+        era = self._spool.era
+        dated, quality = self._dating.date(
             node, data.install, data.boot, uptimes, data.anchor, boottime_ms(), time.time_ns() // 1_000_000
         )
         return [
-            Reading(node, data.install, data.boot, data.first_seq + n, uptime, at, error, data.manifest, row)
+            Reading(
+                node,
+                data.install,
+                data.boot,
+                data.first_seq + n,
+                uptime,
+                at,
+                error,
+                data.manifest,
+                row,
+                None,
+                quality,
+                era,
+            )
             for n, (row, uptime, (at, error)) in enumerate(zip(data.rows, uptimes, dated, strict=True))
         ]
 
     async def acknowledge(self, control: Connection) -> None:
-        """Publish `ack`, then PUBACK, for whatever has become durable; until cancelled. Raises Unreachable."""
+        """Publish `ack`, then PUBACK, for whatever has become safe; until cancelled. Raises Unreachable."""
         while True:
             while not self._pending:
                 self._news.clear()
                 await self._news.wait()
-            durable = await self._spool.durable(self._pending[0].position)
+            await self._spool.until_safe(self._pending[0].ticket)
             acks: dict[tuple[str, str], tuple[int, int]] = {}
             done: list[_Pending] = []
-            while self._pending and self._pending[0].position <= durable:
+            while self._pending and self._spool.is_safe(self._pending[0].ticket):
                 pending = self._pending.popleft()
                 done.append(pending)
                 self._waiting[pending.node] -= 1

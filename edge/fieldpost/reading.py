@@ -7,6 +7,8 @@ ordered and confirmed in the same way.
 
 from __future__ import annotations
 
+import enum
+
 import msgspec
 
 GATEWAY = "gateway"
@@ -35,10 +37,12 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 class Event(msgspec.Struct, frozen=True, array_like=True):
-    """What the gateway reports about a node: `kind` is `gap` or `presence`.
+    """What the gateway reports about a node: `kind` is `gap`, `thinned` or `presence`.
 
     A gap: rows `first` to `last` of `(node, install, boot)` will never come, `why` says who gave them up; `last`
-    None means "from `first` on, number unknown". Presence: `why` is the new state (`up`, `lost`, `bye`, ...).
+    None means "from `first` on, number unknown". Thinned: these rows were replaced by one record, whose values are
+    four for each channel of its manifest: minimum, maximum, mean (scaled as the channel is) and count. Presence:
+    `why` is the new state (`up`, `lost`, `bye`, ...).
     """
 
     kind: str
@@ -50,11 +54,27 @@ class Event(msgspec.Struct, frozen=True, array_like=True):
     why: str
 
 
+class Quality(enum.IntEnum):
+    """What a reading's date rests on."""
+
+    SYNCED = 0
+    """The gateway heard this boot of the node, and its own clock was set."""
+    ANCHORED = 1
+    """The node itself had heard the time, and counted on from there."""
+    BOUNDED = 2
+    """The boot never heard the time: an interval between the boots round it."""
+    UNSYNCED = 3
+    """The gateway's own clock was not set: the date may be years off, distances within a boot are right."""
+    CORRECTED = 4
+    """The gateway's clock was not set when the reading came; it was corrected when the clock was."""
+
+
 class Reading(msgspec.Struct, frozen=True, array_like=True):
     """One row, measured within `time_ms ± error_ms` (unix milliseconds).
 
     An `error_ms` of -1 means: not later than `time_ms`, how much earlier is not known. `uptime_ms` is the node's own
-    clock, in the boot `boot`, when it measured. The gateway's own records have an `event` and no values.
+    clock, in the boot `boot`, when it measured. The gateway's own records have an `event` and no values, save a
+    thinned one. `era` is the stretch of the gateway's clock by which the row was dated (`clock.Eras`).
     """
 
     node: str
@@ -67,6 +87,8 @@ class Reading(msgspec.Struct, frozen=True, array_like=True):
     manifest: str
     values: tuple[Value, ...]
     event: Event | None = None
+    quality: int = Quality.SYNCED
+    era: int = 0
 
     @property
     def id(self) -> str:

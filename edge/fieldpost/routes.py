@@ -14,9 +14,9 @@ COMPRESS_FROM_BYTES = 120
 """Below this zlib's dictionary has nothing to work with and the result is longer."""
 
 
-def message(readings: Sequence[Reading], manifests: Mapping[str, Manifest]) -> Message:
-    """The message for a batch; the same batch gives the same id."""
-    body = senml.encode(readings, manifests)
+def message(readings: Sequence[Reading], manifests: Mapping[str, Manifest], lane: str = "") -> Message:
+    """The message for a batch; the same batch gives the same id. `lane`: what it is when it is not live."""
+    body = senml.encode(readings, manifests, lane)
     encoding = ""
     if len(body) >= COMPRESS_FROM_BYTES:
         body, encoding = zlib.compress(body, 6), "deflate"

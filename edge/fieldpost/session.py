@@ -25,6 +25,7 @@ from .wire import ROOT
 log = logging.getLogger(__name__)
 
 TIME_EVERY_S = 30.0
+CLOCK_EVERY_S = 1.0
 ROOM_EVERY_S = 0.25
 PRECISION_MS = 20
 """What the way from our clock to a node's may add to the time that we publish."""
@@ -153,9 +154,15 @@ class Session:
                     self._publish_time(control)
 
     async def _tell_time(self, control: Connection) -> None:
+        """Tell the nodes what time it is, now and then, and at once when our own clock was set."""
+        told, era = 0.0, -1
         while True:
-            self._publish_time(control)
-            await asyncio.sleep(TIME_EVERY_S)
+            self._ingest.synchronised = synchronised()
+            self._spool.observe_clock(self._ingest.synchronised)
+            if time.monotonic() - told >= TIME_EVERY_S or self._spool.era != era:
+                told, era = time.monotonic(), self._spool.era
+                self._publish_time(control)
+            await asyncio.sleep(CLOCK_EVERY_S)
 
     def _publish_time(self, control: Connection) -> None:
         payload = wire.encode_time(time.time_ns() // 1_000_000, PRECISION_MS, synchronised())

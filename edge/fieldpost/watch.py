@@ -39,6 +39,7 @@ class NodeTally:
     time_s: float = 0.0
     error_s: float = 0.0
     newest: tuple[str, int, int] = ("", -1, -1)
+    newest_of: dict[str, tuple[str, int, int]] = field(default_factory=dict)
     channels: dict[str, Channel] = field(default_factory=dict)
     boots: dict[tuple[str, int], BootMarks] = field(default_factory=dict)
 
@@ -75,8 +76,12 @@ class Tally:
         node.readings += 1
         self.readings += 1
         this = (row.install, row.boot, row.seq)
+        before = node.newest_of.get(row.lane, ("", -1, -1))
+        if before[0] == row.install and this[1:] < before[1:]:
+            node.disordered += 1  # an order holds within a lane: history follows what is fresh
+        else:
+            node.newest_of[row.lane] = this
         if node.newest[0] == row.install and this[1:] < node.newest[1:]:
-            node.disordered += 1
             return False  # counted; what is shown as newest stays
         node.newest = this
         node.time_s, node.error_s = row.time_s, row.error_s
@@ -100,7 +105,7 @@ class Tally:
         node = self._node(event.node)
         if event.kind == "presence":
             node.state = event.why
-        elif event.kind == "gap":
+        elif event.kind in ("gap", "thinned"):
             node.gaps += 1
             if event.last is not None:
                 node.missing += max(0, event.last - event.first + 1)

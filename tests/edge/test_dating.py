@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 from fieldpost.nodes.time import DELAY_FEW_MS, DELAY_MS, DRIFT_PPM, EARLIEST_UNKNOWN, WINDOW_MS, Dating
+from fieldpost.reading import Quality
 from fieldpost.wire import Anchor
 
 I = "a1b2c3d4e5f6"  # noqa: E741  # the protocol's own letter
@@ -14,7 +15,7 @@ UNIX = 1_763_900_000_000
 def dated(
     dating: Dating, uptimes: list[int], now: int, *, boot: int = 1, anchor: Anchor | None = None
 ) -> list[tuple[int, int]]:
-    return dating.date("n1", I, boot, uptimes, anchor, now, UNIX + now)
+    return dating.date("n1", I, boot, uptimes, anchor, now, UNIX + now)[0]
 
 
 def test_the_smallest_delay_dates_and_later_messages_improve_it() -> None:
@@ -60,3 +61,12 @@ def test_a_first_boot_that_never_heard_the_time_is_not_later_than_the_next() -> 
     dating = Dating()
     dating.hear("n1", I, 2, 0, 90_000)
     assert dated(dating, [7_000], 95_000, boot=1) == [(UNIX + 90_000, EARLIEST_UNKNOWN)]
+
+
+def test_each_date_says_what_it_rests_on() -> None:
+    dating = Dating()
+    anchor = Anchor(uptime_ms=50_000, unix_ms=UNIX, precision_ms=20)
+    assert dating.date("n1", I, 1, [80_000], anchor, 900_000, UNIX)[1] == Quality.ANCHORED
+    assert dating.date("n1", I, 1, [80_000], None, 900_000, UNIX)[1] == Quality.BOUNDED
+    dating.hear("n1", I, 1, 80_000, 900_000)
+    assert dating.date("n1", I, 1, [80_000], anchor, 900_000, UNIX)[1] == Quality.SYNCED

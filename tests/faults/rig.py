@@ -173,9 +173,14 @@ uplink = "mqtt"
                 break
         return {sink: self.count(sink) for sink in self.sinks}
 
-    def _waiting(self) -> int:
+    def backlog(self, route: str) -> int:
+        """How many readings a route has yet to confirm."""
+        waiting: int = next(one["backlog"] for one in self.gateway.status()["routes"] if one["id"] == route)
+        return waiting
+
+    def _waiting(self) -> bool:
         status = self.gateway.status()
-        return max(status["spool"]["backlog"].values()) > 20 if status else 1
+        return not status or max(route["backlog"] for route in status["routes"]) > 20
 
     async def fresh(self, what: str, *sinks: str, within_s: float = 60.0) -> None:
         """Wait until the way is open again: ten new rows of each node acknowledged, and as many arrived."""

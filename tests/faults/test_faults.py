@@ -85,9 +85,7 @@ async def test_a_broker_that_falls_silent_without_closing_is_noticed_by_all(tmp_
 async def test_an_upstream_that_is_down_for_longer_than_the_stage_holds(tmp_path: Path, rabbitmq: RabbitMQ) -> None:
     async with rig(tmp_path, rabbitmq, rate=20.0, spool="stage_readings = 100") as running:
         with running.silent_rabbitmq():
-            await until_async(
-                lambda: running.gateway.status()["spool"]["backlog"]["to-rabbit"] > 500, "five stages behind", 90
-            )
+            await until_async(lambda: running.backlog("to-rabbit") > 500, "five stages behind", 90)
             waiting = running.gateway.status()
             assert waiting["spool"]["state"] == "ok"
         await running.fresh("the outage")

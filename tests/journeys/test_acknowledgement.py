@@ -137,7 +137,7 @@ async def test_nodes_are_told_the_time_and_when_the_gateway_goes(gateway: Gatewa
 async def test_a_gateway_whose_stage_is_full_says_so_and_acknowledges_nothing_it_does_not_keep(
     make_gateway: Callable[..., Gateway],
 ) -> None:
-    gateway = make_gateway(spool='stage_readings = 100\nlinger_s = 0.1\nmax_bytes = "40kB"').start()
+    gateway = make_gateway(spool='stage_readings = 100\nlinger_s = 0.1\nmax_bytes = "16kB"\nfull = "hold"').start()
     async with ScriptedNode(gateway) as node:
         sent = 0
         while "full" not in node.gateway_states:

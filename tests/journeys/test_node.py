@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sqlite3
 from pathlib import Path
 
 import pytest
 from fieldpost.firmware import umqtt_folder
 from fieldpost.simulate import SimulatedNode, write_settings
+from fieldpost.spool.log import Log
 from parts import Gateway, until
 
 TODAY = [
@@ -58,7 +57,8 @@ def test_a_nodes_rows_are_stored_once_each_over_a_reboot(umqtt: str, gateway: Ga
     assert "connection 1:" not in node.log.read_text()
     assert gateway.stop() == 0
     acked = [int(line.split()[2]) for line in node.log.read_text().splitlines() if line.startswith("ack 2 ")]
-    marks = sqlite3.connect(gateway.data / "spool.db").execute("SELECT boot, upto, beyond FROM mark WHERE node = 'n1'")
-    stored = {boot: (upto, json.loads(beyond)) for boot, upto, beyond in marks}
+    log = Log(gateway.data)
+    stored = {boot: (upto, beyond) for (node_name, _, boot), upto, beyond in log.open().marks if node_name == "n1"}
+    log.close()
     assert set(stored) == {1, 2}
     assert stored[2][0] >= max(acked) and stored[2][1] == []

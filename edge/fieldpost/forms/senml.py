@@ -5,7 +5,13 @@ hold until changed, and a reader that does not know them may ignore them (sectio
 
 - `i`, `b`, `q`: install, boot and seq, with the node's name the identity of the row that begins here;
 - `e`: the row was measured within that many seconds of its time; -1: not later than its time, earliest not known;
-- `about`: of a gap or presence record, `[node, install, boot, first, last]`.
+- `tq`: what the date rests on, where that is not a gateway whose clock is set: `anchored` (the node counted on from
+  a time that it had heard), `bounded` (an interval: the boot never heard the time), `corrected` (the gateway's clock
+  was set later, and the date with it), `unsynced` (it has not been set yet: only distances are right);
+- `lane`: `urgent`, or `backfill` for history that follows after an outage; absent: live;
+- `about`: of a gap, thinned or presence record, `[node, install, boot, first, last]`.
+
+A thinned record stands for the rows that it is about: each channel as `<node>/<channel>/min`, `max`, `mean`, `count`.
 
 A failed read is a string value under the name `<channel>/fault`, so that it is never taken for a number.
 """
@@ -19,23 +25,36 @@ from dataclasses import dataclass, field
 import msgspec
 
 from ..errors import Malformed
-from ..reading import Channel, Event, Manifest, Reading
+from ..reading import Channel, Event, Manifest, Quality, Reading
 
 CONTENT_TYPE = "application/senml+json"
 
 
-def encode(readings: Sequence[Reading], manifests: Mapping[str, Manifest]) -> bytes:
+QUALITIES = {
+    Quality.SYNCED: "synced",
+    Quality.ANCHORED: "anchored",
+    Quality.BOUNDED: "bounded",
+    Quality.UNSYNCED: "unsynced",
+    Quality.CORRECTED: "corrected",
+}
+
+
+def encode(readings: Sequence[Reading], manifests: Mapping[str, Manifest], lane: str = "") -> bytes:
     """A pack. Every manifest that the readings name must be in `manifests`."""
     by_node: dict[str, list[Reading]] = {}
     for reading in readings:
         by_node.setdefault(reading.node, []).append(reading)
     records: list[str] = []
+    quality = int(Quality.SYNCED)
     for rows in by_node.values():
-        _encode_node(rows, manifests, records)
+        quality = _encode_node(rows, manifests, records, lane, quality)
+        lane = ""  # said once, it holds for the pack
     return ("[" + ",".join(records) + "]").encode()
 
 
-def _encode_node(rows: Iterable[Reading], manifests: Mapping[str, Manifest], records: list[str]) -> None:
+def _encode_node(
+    rows: Iterable[Reading], manifests: Mapping[str, Manifest], records: list[str], lane: str, quality: int
+) -> int:
     boot: tuple[str, int] | None = None
     error_ms: int | None = None
     prefixes: dict[str, list[tuple[str, str, int]]] = {}
@@ -44,12 +63,20 @@ def _encode_node(rows: Iterable[Reading], manifests: Mapping[str, Manifest], rec
         if (row.install, row.boot) != boot:
             first = f'"bn":"{row.node}/",' if boot is None else ""
             head = f'{first}"i":"{row.install}","b":{row.boot},{head}'
+            if lane:
+                head += f'"lane":"{lane}",'
+                lane = ""
             boot = (row.install, row.boot)
+        if row.quality != quality:
+            quality = row.quality
+            head += f'"tq":"{QUALITIES[Quality(quality)]}",'
         if row.error_ms != error_ms:
             head += f'"e":{row.error_ms / 1000 if row.error_ms >= 0 else -1:g},'
             error_ms = row.error_ms
         if row.event is not None:
             records.append("{" + head + _event(row.event) + "}")
+            if row.values:
+                records += _figures(row, manifests)
             continue
         columns = prefixes.get(row.manifest)
         if columns is None:
@@ -64,6 +91,19 @@ def _encode_node(rows: Iterable[Reading], manifests: Mapping[str, Manifest], rec
             head = ""
         if head:  # nothing was due in this row: its identity travels all the same
             records.append("{" + head + '"n":"nothing-due","vb":true}')
+    return quality
+
+
+def _figures(row: Reading, manifests: Mapping[str, Manifest]) -> Iterator[str]:
+    """The values of a thinned record, four for each channel."""
+    assert row.event is not None
+    channels = manifests[row.manifest].channels
+    for number, channel in enumerate(channels):
+        for kind, value in zip(("min", "max", "mean", "count"), row.values[4 * number : 4 * number + 4], strict=False):
+            if isinstance(value, int):
+                name = f"{row.event.node}/{channel.name}/{kind}"
+                unit = f'"u":{_text(channel.unit)},' if channel.unit and kind != "count" else ""
+                yield f'{{"n":"{name}",{unit}"v":{value if kind == "count" else value / channel.scale}}}'
 
 
 def _labels(channel: Channel) -> tuple[str, str, int]:
@@ -92,6 +132,8 @@ class Arrived:
     error_s: float
     values: dict[str, tuple[float | str, str]] = field(default_factory=dict)
     event: Event | None = None
+    quality: str = "synced"
+    lane: str = ""
 
     @property
     def id(self) -> str:
@@ -110,6 +152,8 @@ class _Record(msgspec.Struct):
     u: str = ""
     v: float | None = None
     vs: str | None = None
+    tq: str | None = None
+    lane: str | None = None
     about: tuple[str, str, int, int, int | None] | None = None
 
 
@@ -129,6 +173,7 @@ def decode(body: bytes) -> Iterator[Arrived]:
     except (msgspec.MsgspecError, zlib.error) as error:
         raise Malformed("senml", str(error)) from None
     node, install, boot, time_s, error_s = "", "", 0, 0.0, 0.0
+    quality, lane = "synced", ""
     row: Arrived | None = None
     for record in records:
         node = record.bn.rstrip("/") if record.bn is not None else node
@@ -136,10 +181,12 @@ def decode(body: bytes) -> Iterator[Arrived]:
         boot = record.b if record.b is not None else boot
         time_s = record.bt if record.bt is not None else time_s
         error_s = record.e if record.e is not None else error_s
+        quality = record.tq if record.tq is not None else quality
+        lane = record.lane if record.lane is not None else lane
         if record.q is not None:
             if row is not None:
                 yield row
-            row = Arrived(node, install, boot, record.q, time_s, error_s)
+            row = Arrived(node, install, boot, record.q, time_s, error_s, quality=quality, lane=lane)
         if row is None:
             raise Malformed("senml", "a record before the first `q`")
         if record.about is not None:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..reading import Quality
 from ..wire import Anchor
 
 WINDOW_MS = 3_600_000
@@ -87,8 +88,9 @@ class Dating:
         anchor: Anchor | None,
         boottime_ms: int,
         unix_ms: int,
-    ) -> list[tuple[int, int]]:
+    ) -> tuple[list[tuple[int, int]], Quality]:
         """(unix ms, error ms) for rows measured at `uptimes_ms` of a boot; it is now `boottime_ms` = `unix_ms`.
+        And what these dates rest on: `SYNCED` stands for the gateway's own clock, whatever that is worth.
 
         By the offset where the gateway hears or heard this boot, else by its `anchor`, else as the interval
         between the boots before and after it.
@@ -107,12 +109,12 @@ class Dating:
                 for uptime in uptimes_ms
             ]
         else:
-            return [self._between(known, install, boot, step, unix_ms)] * len(uptimes_ms)
+            return [self._between(known, install, boot, step, unix_ms)] * len(uptimes_ms), Quality.BOUNDED
         if dated:
             known.last_ms[(install, boot)] = dated[-1][0]
             while len(known.last_ms) > KEPT_BOOTS:
                 del known.last_ms[next(iter(known.last_ms))]
-        return dated
+        return dated, Quality.SYNCED if clock is not None else Quality.ANCHORED
 
     def _between(self, known: _Node, install: str, boot: int, step: int, unix_ms: int) -> tuple[int, int]:
         """The interval in which a boot lies that never heard the time, as its middle and half its width."""

@@ -1,8 +1,8 @@
 """The spool: the gateway's durable queue. DESIGN.md beside this file says what it promises and why it is so.
 
-`append` takes readings into the stage, `durable` tells how far they are on the card, `next` reads for a route
-and removes nothing, `advance` moves a route's cursor after the far side has confirmed. SQLite runs in one named
-thread; everything else happens in the event loop, in plain memory.
+`append` takes readings, `safe` tells when they may be acknowledged, `take` reads for a route and removes nothing,
+`confirm` moves a route's progress after the far side has confirmed. What is decided is decided in `queue`, in plain
+memory; SQLite runs in one named thread; this module carries the one's decisions to the other.
 """
 
 from __future__ import annotations
@@ -10,83 +10,77 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Awaitable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Literal, Self
 
-from ..errors import SpoolFault
-from ..reading import GATEWAY, Event, Manifest, Reading
-from .log import Commit, Damage, Log
-from .marks import Key, Marks
-from .stage import Stage
+from ..clock import Clock, SystemClock
+from ..errors import SpoolBroken, SpoolFault
+from ..reading import Event, Manifest, Reading
+from .card import Card, volatile_kind
+from .figures import Figures, RouteBacklog, SpoolStatus
+from .log import Piece, Refused
+from .marks import Key
+from .progress import Flight, Span
+from .queue import Limits, Queue, RouteTerms, Terms, Ticket
+from .repair import Report, verify
+from .retention import Retention
+from .stage import LaneName
+
+__all__ = [
+    "Batch",
+    "Kind",
+    "LaneName",
+    "Limits",
+    "RouteBacklog",
+    "RouteTerms",
+    "Spool",
+    "SpoolSettings",
+    "SpoolStatus",
+    "Terms",
+    "Ticket",
+]
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-COMMIT_LIMIT = 50_000
-"""Readings of one commit: bounds the memory and the time that a transaction takes."""
-
-SAVE_CURSORS_EVERY_S = 30.0
-"""While nothing is committed, how old a cursor on the card may be; after a crash so much is sent again."""
-
-SAVE_CURSORS_EVERY = 20_000
-"""The same in readings, for a fast drain."""
+Kind = Literal["urgent", "live", "backfill"]
 
 RETRY_COMMIT_S = 2.0
 
-HURRIED_LINGER_S = 0.01
-"""What a node that waits for its ack does not notice, and a busy gateway gathers hundreds of readings in."""
-
-MEASURE_EVERY_S = 0.5
-"""How old the figures may be by which the spool is full."""
+LOOK_EVERY_S = 30.0
+"""How often ages are looked at."""
 
 
 @dataclass(frozen=True, slots=True)
 class SpoolSettings:
-    """`linger_s`: how long a reading may wait for others before they are written. `stage_readings`: how many may
-    be in memory only. `max_bytes` of file and `min_free_bytes` of disk: beyond either nothing more is taken."""
+    """`terms`: how the queue behaves. `max_bytes` of file and `min_free_bytes` of disk: beyond either nothing more is
+    taken. `trust_card`: count what is on a tmpfs or overlay as kept."""
 
     folder: Path
-    linger_s: float = 1.0
-    stage_readings: int = 20_000
+    terms: Terms = field(default_factory=Terms)
     max_bytes: int = 2_000_000_000
     min_free_bytes: int = 200_000_000
+    trust_card: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Readings for one route, at positions [first, past). `readings` is empty where all were damaged."""
+    """Readings for one route, at positions [first, past) of a lane. `readings` may be empty."""
 
-    first: int
-    past: int
+    kind: Kind
+    lane: LaneName
+    flight: Flight
     readings: tuple[Reading, ...]
 
+    @property
+    def first(self) -> int:
+        return self.flight.first
 
-@dataclass(frozen=True, slots=True)
-class SpoolStatus:
-    """`state` is `ok`, `full` (of bytes or of readings in memory) or `failing` (the card did not keep a write)."""
-
-    state: str
-    detail: str
-    generation: str
-    boot: int
-    head: int
-    committed: int
-    oldest: int
-    bytes: int
-    free_bytes: int
-    commits: int
-    repeats: int
-    set_aside: int
-    ledger: dict[str, int]
-    backlog: dict[str, int]
-    oldest_ms: dict[str, int | None]
+    @property
+    def past(self) -> int:
+        return self.flight.past
 
 
 class Signal:
@@ -99,63 +93,52 @@ class Signal:
         self._event.set()
         self._event = asyncio.Event()
 
-    async def wait(self) -> None:
-        await self._event.wait()
+    def wait(self) -> Awaitable[object]:
+        """What fires from this call on, not from when it is awaited on."""
+        return self._event.wait()
 
 
 class Spool:
     """The durable queue; an async context manager.
 
     ```python
-    async with Spool(settings, routes=["all"]) as spool:
-        past = spool.append([reading])
-        await spool.durable(past)                    # it is on the card
-        batch = await spool.next("all", 0, 100)      # reads, never removes
-        spool.advance("all", batch.past)             # confirmed: never read again by this route
+    async with Spool(settings, [RouteTerms("all")]) as spool:
+        ticket = spool.append([reading])
+        await spool.until_safe(ticket)               # it may be acknowledged
+        batch = await spool.take("all", "live", 100) # reads, never removes
+        spool.confirm("all", batch)                  # the far side has it
     ```
     """
 
-    def __init__(self, settings: SpoolSettings, routes: Iterable[str]) -> None:
+    def __init__(self, settings: SpoolSettings, routes: Iterable[RouteTerms], clock: Clock | None = None) -> None:
         self._settings = settings
         self._routes = tuple(routes)
-        self._log = Log(settings.folder)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spool")
-        self._marks = Marks()
-        self._manifests: dict[str, Manifest] = {}
-        self._cursors: dict[str, int] = {}
-        self._saved_cursors: dict[str, int] = {}
-        self._event_seq = 0
-        self._repeats = 0
-        self._commits = 0
-        self._ledger: list[tuple[int, Event]] = []
-        self._new_manifests: list[Manifest] = []
-        self._set_aside: list[tuple[int, str, str, Reading]] = []
-        self._counts: dict[str, int] = {}
-        self._set_aside_count = 0
+        self._clock = clock or SystemClock()
+        self._card = Card(settings.folder)
         self._trouble = ""
-        self._bytes = 0
-        self._free = 0
-        self._measured_at = 0.0
-        self._hurry = False
         self._news = Signal()
-        self._durable = Signal()
+        self._safe = Signal()
         self._work = asyncio.Event()
+        self._wakes_at: float | None = None
         self._closing = asyncio.Event()
+        self._committing = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         """Open the file and start committing. Raises SpoolFault where the folder can't be used."""
-        opened = await self._in_thread(self._log.open)
-        self.generation, self.boot = opened.generation, opened.boot
-        self._oldest = opened.oldest
-        self._stage = Stage(opened.head, recent=self._settings.stage_readings)
-        for key, upto, beyond in opened.marks:
-            self._marks.load(key, upto, beyond)
-        self._manifests = {manifest.hash: manifest for manifest in opened.manifests}
-        self._cursors = {route: opened.cursors.get(route, opened.oldest) for route in self._routes}
-        self._saved_cursors = dict(opened.cursors)
-        await self._in_thread(self._measure)
-        if opened.aside:
-            self.report(Event("gap", GATEWAY, self.generation, 0, 0, None, f"damaged: {opened.aside.name}"))
+        opened = await self._card.run(self._card.log.open)
+        volatile = "" if self._settings.trust_card else volatile_kind(self._settings.folder)
+        self.queue = Queue(opened, self._settings.terms, self._routes, self._clock, card_keeps=not volatile)
+        if volatile:
+            log.error(
+                "%s is on a %s: what is there is gone with the power, so only uplinks that keep readings themselves "
+                "make them safe; name a folder on the card as gateway.data",
+                self._settings.folder,
+                volatile,
+            )
+        self._volatile = volatile
+        self._figures = Figures(self.queue, self._card, self._settings.max_bytes, self._settings.min_free_bytes)
+        self._retention = Retention(self.queue, self._card, self._settings.max_bytes, self._commit)
+        await self._card.run(self._card.measure)
         self._committer = asyncio.create_task(self._commit_for_ever(), name="spool commit")
         return self
 
@@ -166,302 +149,345 @@ class Spool:
         self._work.set()
         await self._committer  # never cancelled: a commit on its way must be known to have been made or not
         with contextlib.suppress(SpoolFault):
-            while self._stage.waiting or self._unsaved_cursors():
+            while self.queue.due_ms() is not None:
                 await self._commit()
-        await self._in_thread(self._log.close)
-        self._thread.shutdown()
+                if not self.queue.waiting:
+                    break
+        await self._card.close()
 
     # What comes in.
 
     @property
+    def generation(self) -> str:
+        return self.queue.generation
+
+    @property
+    def boot(self) -> int:
+        return self.queue.boot
+
+    @property
     def stage_readings(self) -> int:
         """How many readings may be in memory only."""
-        return self._settings.stage_readings
+        return self._settings.terms.stage_readings
 
     @property
     def room(self) -> int:
         """How many readings may be appended now; 0 while the spool is full or the card fails."""
-        if self._trouble:
-            return 0
-        return max(0, self._settings.stage_readings - self._stage.waiting)
+        return 0 if self._trouble else self.queue.room
 
-    def append(self, readings: Sequence[Reading]) -> int:
-        """Take readings that are new by identity; returns the position behind them, to wait for in `durable`.
+    def append(self, readings: Iterable[Reading], urgent: Collection[int] = ()) -> Ticket:
+        """Take readings that are new by identity; those whose seq is in `urgent` overtake the others.
 
-        Nothing is on the card yet. What was taken before is left out and counted as a repeat.
+        Nothing is safe yet: wait for the ticket. What was taken before is left out and counted as a repeat.
         """
-        for reading in readings:
-            if self._marks.take((reading.node, reading.install, reading.boot), reading.seq, reading.seq):
-                self._stage.put(reading)
-            else:
-                self._repeats += 1
+        ticket = self.queue.append(readings, urgent)
         self._stir()
-        return self._stage.head
+        return ticket
+
+    @property
+    def ticket(self) -> Ticket:
+        """Everything that was taken so far."""
+        return self.queue.ticket
 
     def mark(self, key: Key, first: int, last: int) -> list[tuple[int, int]]:
         """Rows `first..last` of a boot need not come any more; returns those that had not come before."""
-        return self._marks.take(key, first, last)
+        return self.queue.mark(key, first, last)
 
     def upto(self, key: Key) -> int:
         """Every row of this boot up to here was appended or marked; -1 where none was."""
-        return self._marks.upto(key)
+        return self.queue.marks.upto(key)
 
     def boots(self, node: str) -> list[Key]:
         """The boots known of a node, oldest first."""
-        return self._marks.boots(node)
+        return self.queue.marks.boots(node)
 
     def known(self) -> list[tuple[Key, int]]:
         """Every boot that is known, with its `upto`."""
-        return self._marks.known()
+        return self.queue.marks.known()
 
     def report(self, event: Event) -> None:
-        """Say something upstream as a record of the gateway's own; a gap goes into the ledger as well."""
-        now_ms = time.time_ns() // 1_000_000
-        if event.kind == "gap":
-            self._ledger.append((now_ms, event))
-            word = event.why.split(":")[0]
-            self._counts[word] = self._counts.get(word, 0) + 1
-        uptime_ms = time.monotonic_ns() // 1_000_000
-        record = Reading(GATEWAY, self.generation, self.boot, self._event_seq, uptime_ms, now_ms, 0, "", (), event)
-        self._event_seq += 1
-        self._stage.put(record)
+        """Say something upstream as a record of the gateway's own; a discard goes into the ledger as well."""
+        self.queue.report(event)
         self._stir()
 
     def keep_manifest(self, manifest: Manifest) -> None:
         """Remember what a hash means, before any reading that names it is appended."""
-        if manifest.hash not in self._manifests:
-            self._manifests[manifest.hash] = manifest
-            self._new_manifests.append(manifest)
+        self.queue.keep_manifest(manifest)
 
     @property
     def manifests(self) -> Mapping[str, Manifest]:
         """What the hashes that readings name mean."""
-        return self._manifests
+        return self.queue.manifests
 
     def manifest(self, hash_: str) -> Manifest | None:
-        return self._manifests.get(hash_)
+        return self.queue.manifests.get(hash_)
+
+    def observe_clock(self, synced: bool | None = None) -> None:
+        """Look at the clocks; call it when something is dated."""
+        if self.queue.observe_clock(synced):
+            era = self.queue.eras.now
+            log.info("the clock was set%s", "" if era.synced else ", by nobody who says that it is right")
+            self._work.set()
+
+    @property
+    def era(self) -> int:
+        """The stretch of the gateway's clock by which readings are dated now."""
+        return self.queue.eras.now.number
 
     def hurry(self) -> None:
         """Somebody waits for the commit: don't linger."""
-        self._hurry = True
-        self._work.set()
+        self.queue.hurry()
+        self._plan_wake()
 
-    async def durable(self, position: int) -> int:
-        """Wait until everything before `position` is on the card; returns how far the card is."""
-        while self._stage.committed < position:
-            await self._durable.wait()
-        return self._stage.committed
+    def is_safe(self, ticket: Ticket) -> bool:
+        """Whether everything of a ticket may be acknowledged."""
+        return self.queue.is_safe(ticket)
 
-    @property
-    def committed(self) -> int:
-        """Everything before this position is on the card."""
-        return self._stage.committed
+    async def until_safe(self, ticket: Ticket) -> None:
+        """Wait until everything of a ticket may be acknowledged."""
+        while not self.queue.is_safe(ticket):
+            await self._safe.wait()
 
     # What goes out.
 
-    def cursor(self, route: str) -> int:
-        """Everything before this position was confirmed to `route`."""
-        return self._cursors[route]
+    def link(self, route: str, *, up: bool, durable: bool = False) -> None:
+        """A route's uplink came, with whether it keeps what it confirms, or went. What was on its way is let go."""
+        self.queue.link(route, up=up, durable=durable)
+        self._stir()
 
-    @property
-    def head(self) -> int:
-        return self._stage.head
+    def unsent(self, route: str) -> tuple[int, int, int]:
+        """How many positions a route can send: (urgent, live, history)."""
+        return self.queue.unsent(route)
 
-    async def wait_for(self, position: int) -> None:
-        """Wait until there is a reading at `position`."""
-        while self._stage.head <= position:
-            await self._news.wait()
+    def news(self) -> Awaitable[object]:
+        """To wait until something new is taken, from this call on."""
+        return self._news.wait()
 
-    async def next(self, position: int, limit: int) -> Batch:
-        """The readings from `position` on, at least one position and at most `limit`; waits for the first.
+    def backlog(self, route: str) -> int:
+        """How many positions a route has yet to confirm."""
+        return sum(sum(self.queue.progress[route, name].backlog(self.queue.lanes[name].head)) for name in LaneName)
 
-        Reads, never removes. Damage on the way is set aside, put into the ledger and stepped over.
+    async def take(self, route: str, kind: Kind, limit: int) -> Batch | None:
+        """The next readings of a route, `limit` positions at most; None where there are none.
+
+        Reads, never removes: they are on their way until `confirm`, or until `link` lets them go. Damage on the way
+        is set aside and put into the ledger; what a route's `ttl` excludes is given up.
         """
-        await self.wait_for(position)
-        if position >= self._stage.first:
-            readings = self._stage.read(position, limit)
-            return Batch(position, position + len(readings), tuple(readings))
-        found, past, damage = await self._in_thread(lambda: self._log.read(position, limit))
-        for spot in damage:
-            self._report_damage(spot)
-        if not found:  # all that there was is damaged, or was moved aside before
-            return Batch(position, max(past, self._stage.first) if not damage else past, ())
-        cut = found[:limit]
-        return Batch(position, past - len(found) + len(cut), tuple(cut))
+        lane = LaneName.URGENT if kind == "urgent" else LaneName.BULK
+        progress, stage = self.queue.progress[route, lane], self.queue.lanes[lane]
+        history = progress.next_history() if kind == "backfill" or lane is LaneName.URGENT else None
+        if history is not None:
+            position, span = history
+            return await self._take(route, kind, lane, position, span.past, limit, span)
+        position = progress.next_live()
+        if kind == "backfill" or position >= stage.head:
+            return None
+        return await self._take(route, kind, lane, position, stage.head, limit, None)
 
-    def advance(self, route: str, position: int) -> None:
-        """The far side has confirmed everything before `position`."""
-        if position > self._cursors[route]:
-            self._cursors[route] = position
-            self._stage.forget(self._slowest())
-            if position - self._saved_cursors.get(route, 0) >= SAVE_CURSORS_EVERY:
-                self._work.set()
+    async def _take(
+        self, route: str, kind: Kind, lane: LaneName, position: int, until: int, limit: int, span: Span | None
+    ) -> Batch | None:
+        stage = self.queue.lanes[lane]
+        ttl = self.queue.routes[route].ttl_ms
+        if position >= stage.first:
+            readings = stage.read(position, min(limit, until - position))
+            past, at_ms = position + len(readings), self.queue.age_ms()
+        else:
+            on_card = min(until, stage.committed)
+            piece: Piece = await self._card.run(self._card.log.read, lane, position, on_card, limit)
+            for first, past, ids in piece.damage:
+                self.queue.damaged(lane, first, past, ids)
+                self._stir()
+            if not piece.readings and piece.past <= piece.first:
+                return None
+            position, past, readings, at_ms = piece.first, piece.past, piece.readings, piece.at_ms
+        if ttl and readings and self.queue.age_ms() - at_ms > ttl:
+            await self._expire(route, lane, position, until)
+            return None
+        flight = self.queue.progress[route, lane].fly(position, past, span)
+        if span is not None and not span.whole:
+            readings = [reading for reading in readings if _is_meant(reading, span)]
+        return Batch(kind, lane, flight, tuple(self.queue.dated(readings)))
+
+    async def _expire(self, route: str, lane: LaneName, position: int, until: int) -> None:
+        """Give up what is left of the batch at a position, for one route."""
+        for info in await self._card.run(self._card.log.infos, lane, position, limit=1, covering=True):
+            end = min(info.past, until)
+            piece = await self._card.run(self._card.log.read, lane, position, end, info.count)
+            if not piece.damage:
+                self.queue.expire(route, lane, position, piece.past, piece.readings)
+        self._stir()
+
+    def confirm(self, route: str, batch: Batch) -> None:
+        """The far side has confirmed a batch."""
+        self.queue.confirm(route, batch.lane, batch.flight)
+        self._safe.fire()
+        if self.queue.due_ms() is not None:
+            self._plan_wake()
 
     def set_aside(self, route: str, reading: Reading, reason: str) -> None:
         """`route`'s far side refused this reading for good: keep it to be looked at, and say so upstream."""
-        self._set_aside.append((time.time_ns() // 1_000_000, route, reason, reading))
-        self._set_aside_count += 1
-        if reading.event is None:  # never a gap record about a refused gap record: that would not end
-            why = f"set aside: {route}: {reason}"[:200]
-            self.report(Event("gap", reading.node, reading.install, reading.boot, reading.seq, reading.seq, why))
-        else:
-            self._stir()
+        self.queue.set_aside(route, reading, reason)
+        self._stir()
+
+    # By hand.
+
+    async def replay(self, route: str, since_ms: int, until_ms: int = 0, node: str = "") -> int:
+        """Send again what is kept of the time from `since_ms` (unix) on; returns how many readings at the most."""
+        await self._commit_all()
+        added = 0
+        for name in LaneName:
+            infos = await self._card.run(self._card.log.infos, name, 0, limit=-1)
+            wanted = [i for i in infos if i.until_ms >= since_ms and (not until_ms or i.since_ms <= until_ms)]
+            if wanted:
+                span = Span(wanted[0].first, wanted[-1].past, node, since_ms, until_ms)
+                added += self.queue.replay(route, name, span)
+        self._stir()
+        return added
+
+    async def refused(self) -> list[Refused]:
+        """What is set aside."""
+        await self._commit_all()
+        return await self._card.run(self._card.log.refused)
+
+    async def settle(self, refused: Refused, *, dropped: bool) -> None:
+        """A reading that was set aside was delivered after all, or is given up."""
+        self.queue.settled(refused, dropped=dropped)
+        await self._commit_all()
+
+    async def ledger(self, limit: int) -> list[tuple[int, Event]]:
+        """The newest entries that are on the card, newest first."""
+        return await self._card.run(self._card.log.ledger, limit)
+
+    async def verify(self) -> Report:
+        """Compare everything on the card with its checksums."""
+        await self._commit_all()
+        return await self._card.run(verify, self._card.log)
+
+    async def page(self, lane: LaneName, position: int, limit: int) -> tuple[list[Reading], int | None]:
+        """Stored readings from a position on, for an export; and where the next page begins, None: at the end."""
+        if position == 0:
+            await self._commit_all()
+        end = self.queue.lanes[lane].committed
+        infos = await self._card.run(self._card.log.infos, lane, position, limit=1, covering=True)
+        start = max(position, infos[0].first) if infos else end
+        if infos and infos[0].past <= position:  # between two batches
+            infos = await self._card.run(self._card.log.infos, lane, position, limit=1)
+            start = infos[0].first if infos else end
+        if start >= end:
+            return [], None
+        piece: Piece = await self._card.run(self._card.log.read, lane, start, end, limit)
+        for first, past, ids in piece.damage:
+            self.queue.damaged(lane, first, past, ids)
+        return self.queue.dated(piece.readings), piece.past
+
+    async def _commit_all(self) -> None:
+        """Have everything written that waits. Raises SpoolFault."""
+        async with self._committing:
+            await self._commit_once()
 
     # How it is.
 
     async def status(self) -> SpoolStatus:
-        backlog = {route: self._stage.head - cursor for route, cursor in self._cursors.items()}
-        oldest = {route: await self._taken_ms(cursor) for route, cursor in self._cursors.items()}
-        return SpoolStatus(
-            state=self.state,
-            detail=self._trouble,
-            generation=self.generation,
-            boot=self.boot,
-            head=self._stage.head,
-            committed=self._stage.committed,
-            oldest=min([self._stage.head, *self._cursors.values()]),
-            bytes=self._bytes,
-            free_bytes=self._free,
-            commits=self._commits,
-            repeats=self._repeats,
-            set_aside=self._set_aside_count,
-            ledger=dict(self._counts),
-            backlog=backlog,
-            oldest_ms=oldest,
+        """How it is, and how long it will do."""
+        return await self._figures.now(
+            self.state, self._trouble or (f"on a {self._volatile}" if self._volatile else "")
         )
 
     @property
     def state(self) -> str:
         if self._trouble:
             return "full" if self._trouble.startswith("full") else "failing"
+        if self._volatile:
+            return "volatile"
         return "ok" if self.room else "full"
-
-    async def ledger(self, limit: int) -> list[tuple[int, Event]]:
-        """The newest entries that are on the card, newest first."""
-        return await self._in_thread(lambda: self._log.ledger(limit))
-
-    async def _taken_ms(self, position: int) -> int | None:
-        if position >= self._stage.head:
-            return None
-        readings = (await self.next(position, 1)).readings
-        return readings[0].time_ms if readings else None
 
     # Writing.
 
     def _stir(self) -> None:
         self._news.fire()
-        self._work.set()
+        self._plan_wake()
+
+    def _plan_wake(self) -> None:
+        """Let the committer know only where it must wake sooner than it means to."""
+        if self._wakes_at is None or self._closing.is_set():
+            return
+        due = self.queue.due_ms()
+        if due is not None and due < self._wakes_at:
+            self._work.set()
 
     async def _commit_for_ever(self) -> None:
-        """Write the stage when the linger has run out, when it is half full, and when somebody waits."""
+        """Write when something is due, and give up what the limits do not allow."""
         while not self._closing.is_set():
-            with contextlib.suppress(asyncio.TimeoutError):
-                async with asyncio.timeout(SAVE_CURSORS_EVERY_S):
-                    await self._work.wait()
-            self._work.clear()
-            if self._stage.waiting:
-                await self._linger()
             try:
-                # What came in while the last commit was written goes next at once only if somebody waits for it.
-                while self._stage.waiting or self._unsaved_cursors() or self._trouble:
-                    await self._commit()
-                    if self._closing.is_set() or not self._large():
-                        break
-                if self._stage.waiting:
-                    self._work.set()
+                await self._until_due()
+                async with self._committing:
+                    due = self.queue.due_ms()
+                    if (due is not None and due <= self.queue.age_ms()) or self._trouble:
+                        await self._commit_once()
+                await self._retention.keep(self._closing.is_set)
+                self._limit()
             except SpoolFault as fault:
                 await self._recover(fault)
 
-    def _large(self) -> bool:
-        """So much has gathered, or it is so late, that waiting for more gains nothing."""
-        large = min(COMMIT_LIMIT, self._settings.stage_readings) // 2
-        return self._closing.is_set() or self._stage.waiting >= large
-
-    async def _linger(self) -> None:
-        """Wait for more to write in one go: for the linger, or only for a moment once somebody waits."""
-        deadline = time.monotonic() + self._settings.linger_s
-        while not self._large():
-            if self._hurry:
-                deadline = min(deadline, time.monotonic() + HURRIED_LINGER_S)
-            if (left := deadline - time.monotonic()) <= 0:
-                return
-            self._work.clear()
+    async def _until_due(self) -> None:
+        due = self.queue.due_ms()
+        now = self.queue.age_ms()
+        wait_ms = min(due - now if due is not None else 1e9, LOOK_EVERY_S * 1000)
+        if self._trouble:
+            wait_ms = min(wait_ms, RETRY_COMMIT_S * 1000)
+        if wait_ms <= 0:
+            return
+        self._work.clear()
+        self._wakes_at = now + wait_ms
+        try:
             with contextlib.suppress(asyncio.TimeoutError):
-                async with asyncio.timeout(left):
+                async with asyncio.timeout(wait_ms / 1000):
                     await self._work.wait()
+        finally:
+            self._wakes_at = None
 
     async def _commit(self) -> None:
+        async with self._committing:
+            await self._commit_once()
+
+    async def _commit_once(self) -> None:
         """One transaction: readings, and what belongs to them. Raises SpoolFault; nothing is lost by that."""
-        self._hurry = False
-        first = self._stage.committed
-        readings = self._stage.uncommitted(COMMIT_LIMIT)
-        past = first + len(readings)
-        # Marks may run ahead of the readings of this commit only if the rest of the stage goes with them.
-        whole = past == self._stage.head
-        changes = self._marks.changes() if whole else ([], [])
-        ledger, manifests, aside = self._ledger, self._new_manifests, self._set_aside
-        self._ledger, self._new_manifests, self._set_aside = [], [], []
-        # A cursor on the card never passes what is on the card: positions are given again after a crash.
-        cursors = {route: min(cursor, past) for route, cursor in self._cursors.items()}
-        work = Commit(
-            first=first,
-            readings=readings,
-            marks=changes[0],
-            forgotten=changes[1],
-            cursors={route: c for route, c in cursors.items() if self._saved_cursors.get(route) != c},
-            ledger=ledger,
-            manifests=manifests,
-            set_aside=aside,
-            prune_to=min(cursors.values(), default=0),
-        )
+        commit = self.queue.plan()
         try:
-            await self._in_thread(lambda: self._write(work))
+            await self._card.run(self._card.write, commit)
         except SpoolFault:
-            self._marks.put_back(changes)
-            self._ledger = ledger + self._ledger
-            self._new_manifests = manifests + self._new_manifests
-            self._set_aside = aside + self._set_aside
+            self.queue.failed(commit)
             raise
-        self._saved_cursors.update(cursors)
-        self._commits += 1
-        self._stage.commit(past)
-        self._stage.forget(self._slowest())
+        self.queue.done(commit)
         self._limit()
-        self._durable.fire()
-
-    def _write(self, work: Commit) -> None:
-        self._log.commit(work)
-        if self._commits % 16 == 0:
-            self._log.shrink()
-        if time.monotonic() - self._measured_at >= MEASURE_EVERY_S:
-            self._measure()
-
-    def _measure(self) -> None:
-        self._measured_at = time.monotonic()
-        try:
-            self._bytes = self._log.used_bytes()
-            disk = os.statvfs(self._settings.folder)
-            self._free = disk.f_bavail * disk.f_frsize
-        except OSError as error:
-            raise SpoolFault(str(error)) from error
+        self._safe.fire()
 
     def _limit(self) -> None:
         trouble = ""
-        if self._bytes > self._settings.max_bytes:
-            trouble = f"full: {self._bytes} bytes stored of max_bytes = {self._settings.max_bytes}"
-        elif self._free < self._settings.min_free_bytes:
-            trouble = f"full: {self._free} bytes free on the disk, min_free_bytes = {self._settings.min_free_bytes}"
+        if self._card.bytes > self._settings.max_bytes:
+            trouble = f"full: {self._card.bytes} bytes stored of max_bytes = {self._settings.max_bytes}"
+        elif self._card.free < self._settings.min_free_bytes:
+            trouble = f"full: {self._card.free} bytes free on the disk, min_free_disk = {self._settings.min_free_bytes}"
         self._say(trouble)
 
     async def _recover(self, fault: SpoolFault) -> None:
         """A write failed, so it counts as not written: take nothing more, let go of the file, try again."""
         self._say(f"write failed: {fault}")
-        with contextlib.suppress(asyncio.TimeoutError):
-            async with asyncio.timeout(RETRY_COMMIT_S):
-                await self._closing.wait()
-        with contextlib.suppress(SpoolFault):
-            await self._in_thread(self._log.reopen)
-        self._work.set()
+        why = str(fault) if isinstance(fault, SpoolBroken) else ""
+        if not why:
+            with contextlib.suppress(asyncio.TimeoutError):
+                async with asyncio.timeout(RETRY_COMMIT_S):
+                    await self._closing.wait()
+            try:
+                await self._card.run(self._card.log.reopen)
+            except SpoolBroken as broken:
+                why = str(broken)
+            except SpoolFault:
+                return
+        if why:
+            with contextlib.suppress(SpoolFault):
+                self.queue.begin_again(await self._card.run(self._card.log.rebuild, why))
 
     def _say(self, trouble: str) -> None:
         if trouble.split(":")[0] != self._trouble.split(":")[0]:
@@ -471,17 +497,12 @@ class Spool:
                 log.info("spool takes readings again")
         self._trouble = trouble
 
-    def _unsaved_cursors(self) -> bool:
-        return any(
-            self._saved_cursors.get(route) != min(cursor, self._stage.committed)
-            for route, cursor in self._cursors.items()
-        )
 
-    def _slowest(self) -> int:
-        return min(self._cursors.values(), default=self._stage.committed)
-
-    def _report_damage(self, spot: Damage) -> None:
-        self.report(Event("gap", GATEWAY, self.generation, self.boot, spot.first, spot.past - 1, "damaged"))
-
-    async def _in_thread(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+def _is_meant(reading: Reading, span: Span) -> bool:
+    """Whether a replay asks for this reading."""
+    node = reading.event.node if reading.event is not None else reading.node
+    return (
+        (not span.node or node == span.node)
+        and reading.time_ms >= span.since_ms
+        and (not span.until_ms or reading.time_ms <= span.until_ms)
+    )

@@ -1,4 +1,4 @@
-"""The spool on the card: committed batches, marks, cursors and the ledger in one SQLite file.
+"""The spool on the card: committed batches, and the state that belongs to them, in one SQLite file.
 
 Everything here blocks and belongs to the one thread that `Spool` runs it in. One connection writes and
 checkpoints: in SQLite before 3.51.3 a write-ahead log that two connections reset can lose a commit.
@@ -7,67 +7,173 @@ checkpoints: in SQLite before 3.51.3 a write-ahead log that two connections rese
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
-import json
 import logging
 import os
 import secrets
 import sqlite3
+import struct
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from ..errors import SpoolFault
+from ..clock import Era
+from ..errors import SpoolBroken, SpoolFault
 from ..reading import Event, Manifest, Reading
+from . import codec
 from .marks import Key
+from .progress import Span
+from .stage import LaneName
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
-_readings = msgspec.msgpack.Decoder(list[Reading])
-_manifests = msgspec.msgpack.Decoder(Manifest)
+SCHEMA = 2
+PAGE_BYTES = 1024
+"""A commit rewrites whole pages, so small ones spare the card; tests/bench/ has the figures for others."""
+
+CHECKPOINT_PAGES = 4000
+LANE_BITS = 56
+AT_FDCWD, STATX_BTIME = -100, 0x800
+PRUNED_AT_ONCE = 64
+KEPT_LEDGER = 10_000
+"""Entries that can be looked at; what they count goes on being counted."""
+
+Ids = list[tuple[str, str, int, int, int]]
+"""Rows as ranges: (node, install, boot, first, last)."""
+
+MarksChanges = tuple[list[tuple[Key, int, list[tuple[int, int]]]], list[Key]]
+
+_ids = msgspec.msgpack.Decoder(Ids)
+_reading = msgspec.msgpack.Decoder(Reading)
+_pack = msgspec.msgpack.encode
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """A batch without its readings; `bytes` of body."""
+
+    lane: LaneName
+    first: int
+    past: int
+    count: int
+    thinned: bool
+    at_ms: int
+    since_ms: int
+    until_ms: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A reading that a far side refused for good."""
+
+    at_ms: int
+    route: str
+    reason: str
+    reading: Reading
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The same, as it lies on the card."""
+
+    id: int
+    at_ms: int
+    route: str
+    reason: str
+    reading: Reading
+
+
+@dataclass(slots=True)
+class Write:
+    """What rides along with the readings of a commit. `state`: what to put under a key; None deletes it."""
+
+    state: dict[str, bytes | None] = field(default_factory=dict)
+    ledger: list[tuple[int, Event]] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    settled: list[int] = field(default_factory=list)
+    deleted: list[Info] = field(default_factory=list)
+    replaced: list[tuple[Info, list[Reading]]] = field(default_factory=list)
+
+    def before(self, later: Write) -> Write:
+        """This, and then what came later."""
+        return Write(
+            self.state | later.state,
+            self.ledger + later.ledger,
+            self.refused + later.refused,
+            self.settled + later.settled,
+            self.deleted + later.deleted,
+            self.replaced + later.replaced,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Prunable:
+    """Batches before `end` that are as old as `at_ms` and hold nothing of `wanted` need be kept no longer."""
+
+    wanted: list[tuple[int, int]]
+    end: int
+    at_ms: int
 
 
 @dataclass(slots=True)
 class Commit:
-    """What one transaction writes: the readings from position `first` on, and what rides along."""
+    """One transaction. `batches`: (lane, first position, readings); `ends`: how far each lane is on the card then."""
 
-    first: int
-    readings: Sequence[Reading] = ()
-    marks: list[tuple[Key, int, list[tuple[int, int]]]] = field(default_factory=list)
-    forgotten: list[Key] = field(default_factory=list)
-    cursors: dict[str, int] = field(default_factory=dict)
-    ledger: list[tuple[int, Event]] = field(default_factory=list)
-    manifests: list[Manifest] = field(default_factory=list)
-    set_aside: list[tuple[int, str, str, Reading]] = field(default_factory=list)
-    prune_to: int = 0
+    batches: list[tuple[LaneName, int, list[Reading]]]
+    ends: dict[LaneName, int]
+    at_ms: int
+    state: dict[str, bytes | None]
+    work: Write
+    marks: MarksChanges = field(default_factory=lambda: ([], []))
+    dirty: set[tuple[str, LaneName]] = field(default_factory=set)
+    prune: dict[LaneName, Prunable] = field(default_factory=dict)
+    confirmed_unsaved: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Damage:
-    """A batch whose bytes are not what was written; it was moved to the table `damaged`."""
+class Piece:
+    """Readings at [first, first + n), which stand for the positions [first, past).
+
+    `damage`: what was met before them, as (first, past, who was in it where that is known).
+    """
 
     first: int
     past: int
+    readings: list[Reading]
+    at_ms: int
+    damage: list[tuple[int, int, Ids]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Opened:
-    """What a spool knows when it is opened; `aside` is where an unreadable file was moved to."""
+    """What a spool knows when it is opened. `aside`: where unreadable files were moved to. `missing`: holes.
+
+    `session` is new with each opening: it numbers the gateway's own records, also after a card was restored from an
+    image, of which nothing in the file can tell.
+    """
 
     generation: str
     boot: int
-    oldest: int
-    head: int
-    marks: list[tuple[Key, int, list[tuple[int, int]]]]
-    cursors: dict[str, int]
-    manifests: list[Manifest]
-    aside: Path | None
+    heads: dict[LaneName, int]
+    oldest: dict[LaneName, int]
+    marks: list[tuple[Key, int, list[tuple[int, int]]]] = field(default_factory=list)
+    progress: dict[tuple[str, LaneName], tuple[int | None, list[Span]]] = field(default_factory=dict)
+    manifests: list[Manifest] = field(default_factory=list)
+    eras: list[Era] = field(default_factory=list)
+    clock: tuple[int, int, str] = (0, 0, "")
+    counts: dict[str, int] = field(default_factory=dict)
+    set_aside: int = 0
+    session: str = field(default_factory=lambda: secrets.token_hex(6))
+    aside: list[str] = field(default_factory=list)
+    missing: list[tuple[tuple[LaneName, int, int], Ids]] = field(default_factory=list)
 
 
 class Log:
@@ -77,145 +183,106 @@ class Log:
         self.path = folder / "spool.db"
         self._db: sqlite3.Connection | None = None
         self._lock: int | None = None
-        self._sql = _statements()
+        self._sql = statements()
         self._recent: dict[int, list[Reading]] = {}
+        self._pruned_to: dict[LaneName, int] = {}
+
+    # Opening.
 
     def open(self) -> Opened:
         """Open the file, or make it. Raises SpoolFault where the folder can't be used."""
-        aside = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._take_lock()
             try:
-                self._db = self._connect()
-            except sqlite3.DatabaseError as error:
-                if isinstance(error, sqlite3.OperationalError):
-                    raise
-                aside = self._move_aside(error)
-                self._db = self._connect()
+                return self._open()
+            except SpoolBroken as broken:
+                return self.rebuild(str(broken))
         except (OSError, sqlite3.Error) as error:
-            raise SpoolFault(
-                f"{self.path}: {error}; the folder must exist, be ours and have room: "
-                f"look with `ls -ld {self.path.parent}` and `df {self.path.parent}`"
-            ) from error
-        return self._state(aside)
+            self.close()
+            raise SpoolFault(f"{self.path}: {_advice(self.path, error)}") from error
+        except SpoolFault:
+            self.close()
+            raise
+
+    def _open(self) -> Opened:
+        with self._guard():
+            if self.path.is_dir():
+                raise SpoolBroken("is a directory")
+            old = self._marker()
+            if old.get("generation") and (not self.path.exists() or self.path.stat().st_size == 0):
+                raise SpoolBroken(f"is missing or empty, spool {old['generation']} was here")
+            self._db = connect(self.path)
+            version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
+            if version not in (0, SCHEMA):
+                raise SpoolBroken(
+                    f"has schema {version}, this Fieldpost writes schema {SCHEMA}"
+                    + (": readings that only a newer one can read stay in the file set aside" if version > 2 else "")
+                )
+            if version == 0:
+                create(self._db)
+            self.path.chmod(0o600)
+            opened = self._state()
+            restored = bool(old) and old.get("file") != born(self.path)
+            if version == 0 or not opened.generation or restored:
+                # What has this identity may be elsewhere and go on there: two spools must not number alike.
+                opened.generation, opened.boot = secrets.token_hex(6), 1
+                if restored:
+                    log.warning("%s is a copy; it goes on as generation %s", self.path, opened.generation)
+            self._begin(opened)
+            return opened
+
+    def _begin(self, opened: Opened) -> None:
+        """Put down this boot before anything is numbered with it; on a full card, number as somebody else."""
+        try:
+            state: dict[str, bytes | None] = {"boot": _pack((opened.generation, opened.boot))}
+            write_state(self._opened(), self._sql, state)
+        except sqlite3.OperationalError as error:
+            opened.generation, opened.boot = secrets.token_hex(6), 1
+            log.error("%s: %s; what is stored can be sent, nothing new is taken", self.path, error)
+        self._mark(opened.generation)
+
+    def rebuild(self, why: str) -> Opened:
+        """Set the file aside, begin a new one, and take over whatever can be read. Nothing is deleted."""
+        self._drop()
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        aside = self.path.with_name(f"spool.damaged-{stamp}-{secrets.token_hex(2)}.db")
+        for suffix in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                self.path.with_name(self.path.name + suffix).rename(str(aside) + suffix)
+        log.error("%s %s; set aside as %s, starting a new spool", self.path, why, aside.name)
+        try:
+            self._db = connect(self.path)
+            create(self._db)
+            self.path.chmod(0o600)
+            from .repair import salvage  # it reads what this module writes
+
+            taken = salvage(aside, self._db)
+            log.error("%d readings of %s were taken over", taken, aside.name)
+            opened = self._state()
+        except sqlite3.Error as error:
+            raise SpoolFault(f"{self.path}: {error}") from error
+        opened.generation, opened.boot = secrets.token_hex(6), 1
+        self._begin(opened)
+        opened.aside.append(f"{aside.name}: {why}"[:150])
+        return opened
 
     def reopen(self) -> None:
         """Let go of the connection and take a new one, after a write has failed.
 
         What the kernel holds of the failed write is unknown; SQLite replays only what its checksums vouch for.
         """
+        self._drop()
+        with self._guard():
+            self._db = connect(self.path)
+            self._db.execute(self._sql["load_state"]).fetchall()
+
+    def _drop(self) -> None:
+        self._recent.clear()
         if self._db is not None:
             with contextlib.suppress(sqlite3.Error):
                 self._db.close()
             self._db = None
-        try:
-            self._db = self._connect()
-        except sqlite3.Error as error:
-            raise SpoolFault(f"{self.path}: {error}") from error
-
-    def commit(self, work: Commit) -> None:
-        """Write everything in one transaction, on the disk when this returns. Raises SpoolFault: none is."""
-        sql = self._sql
-        try:
-            db = self._opened()
-            with db:
-                db.execute("BEGIN IMMEDIATE")
-                if work.readings:
-                    body = zlib.compress(msgspec.msgpack.encode(work.readings), 1)
-                    past = work.first + len(work.readings)
-                    db.execute(sql["add_batch"], (work.first, past, zlib.crc32(body), body))
-                for hash_, body in ((m.hash, msgspec.msgpack.encode(m)) for m in work.manifests):
-                    db.execute(sql["save_manifest"], (hash_, body))
-                for (node, install, boot), upto, beyond in work.marks:
-                    db.execute(sql["save_mark"], (node, install, boot, upto, json.dumps(beyond)))
-                db.executemany(sql["delete_mark"], work.forgotten)
-                db.executemany(sql["save_route"], work.cursors.items())
-                for at_ms, event in work.ledger:
-                    db.execute(
-                        sql["add_to_ledger"],
-                        (at_ms, event.node, event.install, event.boot, event.first, event.last, event.why),
-                    )
-                for at_ms, route, reason, reading in work.set_aside:
-                    db.execute(sql["add_set_aside"], (at_ms, route, reason, msgspec.msgpack.encode(reading)))
-                if work.prune_to:
-                    db.execute(sql["prune"], (work.prune_to,))
-        except (sqlite3.Error, OSError) as error:
-            raise SpoolFault(f"{self.path}: {error}") from error
-
-    def read(self, position: int, limit: int) -> tuple[list[Reading], int, list[Damage]]:
-        """The readings from the first whole batch at or after `position` on, without a hole between them.
-
-        Returns them with the position behind the last, and the damage met before the first. Reads on until
-        `limit` readings are together; may return more. Nothing at all: ([], position, damage).
-        """
-        readings: list[Reading] = []
-        damage: list[Damage] = []
-        start = position
-        try:
-            rows = self._opened().execute(self._sql["read_batches"], (position, 64))
-            for first, past, crc, body in rows:
-                if readings and (first != start + len(readings) or len(readings) >= limit):
-                    break
-                batch = self._decoded(first, past, crc, body)
-                if batch is None:
-                    if readings:
-                        break
-                    damage.append(Damage(first, past))
-                    start = past
-                    continue
-                if not readings:
-                    start = max(start, first)
-                readings += batch[start + len(readings) - first :]
-            rows.close()
-        except sqlite3.Error as error:
-            raise SpoolFault(f"{self.path}: {error}") from error
-        for spot in damage:
-            self._quarantine(spot)
-        return readings, start + len(readings), damage
-
-    def _decoded(self, first: int, past: int, crc: int, body: bytes) -> list[Reading] | None:
-        """A batch's readings; the last few are kept, since a route takes a large batch in several bites."""
-        readings = self._recent.get(first)
-        if readings is None:
-            readings = _decode(body, crc, past - first)
-            if readings is not None:
-                self._recent[first] = readings
-                if len(self._recent) > 4:
-                    del self._recent[next(iter(self._recent))]
-        return readings
-
-    def ledger(self, limit: int) -> list[tuple[int, Event]]:
-        """The newest entries first: (unix ms, what was given up and why)."""
-        rows = self._opened().execute(self._sql["read_ledger"], (limit,))
-        return [(at, Event("gap", node, ins, boot, a, b, why)) for at, node, ins, boot, a, b, why in rows]
-
-    def counts(self) -> tuple[dict[str, int], int]:
-        """(ledger entries by reason, readings set aside)."""
-        db = self._opened()
-        reasons = dict(db.execute(self._sql["count_ledger"]).fetchall())
-        return reasons, int(db.execute(self._sql["count_set_aside"]).fetchone()[0])
-
-    def used_bytes(self) -> int:
-        """Bytes in use in the main file; free pages count as free."""
-        pages, free, size = (
-            int(self._opened().execute(f"PRAGMA {name}").fetchone()[0])
-            for name in ("page_count", "freelist_count", "page_size")
-        )
-        return (pages - free) * size
-
-    def shrink(self) -> None:
-        """Give pages that pruning freed back to the file system, some at a time."""
-        # executescript: a plain execute() of this pragma frees a single page.
-        self._opened().executescript("PRAGMA incremental_vacuum(256)")
-
-    def close(self) -> None:
-        if self._db is not None:
-            self._db.close()
-            self._db = None
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
     def _take_lock(self) -> None:
         self._lock = os.open(self.path.parent / "spool.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -224,70 +291,283 @@ class Log:
         except BlockingIOError:
             raise SpoolFault(f"{self.path}: another gateway has this spool open; end that one first") from None
 
-    def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self.path, isolation_level=None, timeout=5, cached_statements=64)
-        try:
-            db.execute("PRAGMA auto_vacuum=INCREMENTAL")  # counts only before the first table is made
-            db.execute("PRAGMA journal_mode=WAL")
-            db.execute("PRAGMA synchronous=FULL")
-            version = int(db.execute("PRAGMA user_version").fetchone()[0])
-            if version > SCHEMA:
-                raise SpoolFault(
-                    f"{self.path}: written by a newer Fieldpost (schema {version}, this one reads {SCHEMA}); "
-                    "install that version again, the readings are untouched"
-                )
-            if version == 0:
-                schema = files(__package__).joinpath("schema.sql").read_text()
-                db.executescript(f"BEGIN; {schema} PRAGMA user_version={SCHEMA}; COMMIT;")
-                db.execute(self._sql["save_meta"], ("generation", secrets.token_hex(6)))
-            self.path.chmod(0o600)
-        except BaseException:
-            db.close()
-            raise
-        return db
+    @property
+    def _marker_path(self) -> Path:
+        return self.path.with_name("spool.id")
 
-    def _state(self, aside: Path | None) -> Opened:
+    def _marker(self) -> dict[str, Any]:
+        """Which spool was here, and as which file: tells a copy, and a file that is gone."""
+        try:
+            return msgspec.json.decode(self._marker_path.read_bytes(), type=dict[str, Any])
+        except (OSError, msgspec.MsgspecError):
+            return {}
+
+    def _mark(self, generation: str) -> None:
+        said = {"generation": generation, "file": born(self.path)}
+        if self._marker() != said:
+            # A full card is no reason not to start; the marker is then written at the next start.
+            with contextlib.suppress(OSError):
+                new = self._marker_path.with_name("spool.id.new")
+                new.touch(0o600)
+                new.write_bytes(msgspec.json.encode(said))
+                new.replace(self._marker_path)
+
+    def _state(self) -> Opened:
         db, sql = self._opened(), self._sql
-        meta = dict(db.execute(sql["load_meta"]).fetchall())
-        boot = int(meta.get("boot", 0)) + 1
-        db.execute(sql["save_meta"], ("boot", str(boot)))
-        oldest, past = db.execute(sql["bounds"]).fetchone()
-        cursors = dict(db.execute(sql["load_routes"]).fetchall())
-        marks = [
-            ((node, install, at), upto, [(a, b) for a, b in json.loads(beyond)])
-            for node, install, at, upto, beyond in db.execute(sql["load_marks"])
+        state: dict[str, Any] = {}
+        for key, value, crc in db.execute(sql["load_state"]).fetchall():
+            if not isinstance(value, bytes) or crc_of_state(key, value) != crc:
+                log.error("%s: the entry %r is damaged; set aside", self.path, key)
+                self._set_aside_row(db, f"state {key}", value)
+                with contextlib.suppress(sqlite3.Error):
+                    db.execute(sql["delete_state"], (key,))
+                continue
+            state[key] = value
+        opened = load(state)
+        for name in LaneName:
+            first, last = db.execute(sql["bounds"], bounds(name)).fetchone()
+            if last is not None:
+                opened.oldest[name] = place_position(first)
+                (past,) = db.execute(sql["past_of"], (last,)).fetchone()
+                if "heads" not in state:
+                    opened.heads[name] = past
+            if not opened.oldest[name]:
+                opened.oldest[name] = opened.heads[name] if last is None else place_position(first)
+            opened.missing += [((name, a, b), []) for a, b in self._holes(opened, name)]
+        if "counts" not in state:
+            opened.counts = {str(word): int(n) for word, n in db.execute(sql["count_ledger"]).fetchall()}
+        opened.set_aside = int(db.execute(sql["count_set_aside"]).fetchone()[0])
+        return opened
+
+    def _holes(self, opened: Opened, name: LaneName) -> list[tuple[int, int]]:
+        """Positions that some route has yet to get and that no batch holds."""
+        routes = [saved for (_, lane), saved in opened.progress.items() if lane is name]
+        pieces = [(span.first, span.past) for _, spans in routes for span in spans if span.whole]
+        pieces += [(live, opened.heads[name]) for live, _ in routes if live is not None]
+        if not pieces:
+            return []
+        wanted = min(first for first, _ in pieces)
+        holes, at = [], wanted
+        for info in self.infos(name, max(0, wanted - 1), limit=-1, covering=True):
+            if info.first > at:
+                holes.append((at, info.first))
+            at = max(at, info.past)
+        if at < opened.heads[name]:
+            holes.append((at, opened.heads[name]))
+        return [
+            (max(a, first), min(b, past))
+            for a, b in holes
+            for first, past in sorted(set(pieces))
+            if max(a, first) < min(b, past)
         ]
-        return Opened(
-            generation=meta["generation"],
-            boot=boot,
-            oldest=oldest,
-            # A cursor is never ahead of what is committed, and what is pruned was before every cursor.
-            head=max([past, *cursors.values()]),
-            marks=marks,
-            cursors=cursors,
-            manifests=[_manifests.decode(body) for (body,) in db.execute(sql["load_manifests"])],
-            aside=aside,
-        )
 
-    def _move_aside(self, error: Exception) -> Path:
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        aside = self.path.with_name(f"spool.damaged-{stamp}-{secrets.token_hex(2)}.db")
-        for suffix in ("", "-wal", "-shm"):
-            with contextlib.suppress(FileNotFoundError):
-                self.path.with_name(self.path.name + suffix).rename(str(aside) + suffix)
-        log.error("%s can't be read (%s); set aside as %s, starting a new spool", self.path, error, aside)
-        return aside
+    # Writing.
 
-    def _quarantine(self, spot: Damage) -> None:
-        try:
+    def commit(self, work: Commit) -> None:
+        """Write everything in one transaction, on the disk when this returns. Raises SpoolFault: none is."""
+        with self._guard(), self._transaction() as db:
+            for lane, first, readings in work.batches:
+                self._add(db, lane, first, first + len(readings), readings, work.at_ms, thinned=False)
+            for info, readings in work.work.replaced:
+                self._recent.pop(place(info.lane, info.first), None)
+                self._add(db, info.lane, info.first, info.past, readings, info.at_ms, thinned=True)
+            write_state(db, self._sql, work.state)
+            self._add_records(db, work.work)
+            for info in work.work.deleted:
+                db.execute(self._sql["delete_batch"], (place(info.lane, info.first),))
+            for lane, prunable in work.prune.items():
+                self._prune(db, lane, prunable)
+
+    def _add(
+        self,
+        db: sqlite3.Connection,
+        lane: LaneName,
+        first: int,
+        past: int,
+        readings: Sequence[Reading],
+        at_ms: int,
+        *,
+        thinned: bool,
+    ) -> None:
+        from .queue import ids_of  # who is in it, for when its bytes are lost
+
+        times = [reading.time_ms for reading in readings] or [0]
+        head = (place(lane, first), past, len(readings), int(thinned), at_ms, min(times), max(times))
+        body = codec.encode(readings)
+        ids = _pack(ids_of(readings))
+        ids = struct.pack("<I", zlib.crc32(ids)) + ids
+        db.execute(self._sql["add_batch"], (*head, crc_of_batch(head, ids, body), ids, body))
+
+    def _add_records(self, db: sqlite3.Connection, work: Write) -> None:
+        for at_ms, e in work.ledger:
+            row = (at_ms, e.node, e.install, e.boot, e.first, e.last, e.why)
+            db.execute(self._sql["add_to_ledger"], row)
+        if work.ledger:
+            db.execute(self._sql["trim_ledger"], (KEPT_LEDGER,))
+        for refusal in work.refused:
+            body = _pack(refusal.reading)
+            crc = zlib.crc32(body)
+            db.execute(self._sql["add_set_aside"], (refusal.at_ms, refusal.route, refusal.reason, body, crc))
+        for number in work.settled:
+            db.execute(self._sql["delete_set_aside"], (number,))
+
+    def _prune(self, db: sqlite3.Connection, lane: LaneName, prunable: Prunable) -> None:
+        """Delete what nobody wants and was kept long enough: a round over all batches, some at each commit."""
+        low, high = bounds(lane)
+        start = self._pruned_to.get(lane, low)
+        rows = db.execute(self._sql["prunable_batches"], (start, high, PRUNED_AT_ONCE)).fetchall()
+        for at, past, at_ms in rows:
+            first = place_position(at)
+            wanted = any(first < end and past > begin for begin, end in prunable.wanted)
+            if past <= prunable.end and at_ms <= prunable.at_ms and not wanted:
+                db.execute(self._sql["delete_batch"], (at,))
+        last = rows[-1] if rows else (low, 0, 0)
+        over = len(rows) < PRUNED_AT_ONCE or last[2] > prunable.at_ms
+        self._pruned_to[lane] = low if over else last[0] + 1
+
+    # Reading.
+
+    def read(self, lane: LaneName, position: int, until: int, limit: int) -> Piece:
+        """The readings from `position` on, up to `until` and `limit`, after whatever damage lies before them.
+
+        A batch that was thinned ends a piece. Damaged batches are moved to the table `damaged`.
+        """
+        damage: list[tuple[int, int, Ids]] = []
+        readings: list[Reading] = []
+        at, age_ms = position, 0
+        low, high = bounds(lane)
+        while at < until and len(readings) < limit:
+            with self._guard():
+                arguments = (low, place(lane, at), high, at, 1)
+                row = self._opened().execute(self._sql["read_batches"], arguments).fetchone()
+            first = place_position(row[0]) if row is not None and isinstance(row[0], int) else until
+            if row is None or first > at:
+                if readings:
+                    break
+                hole = min(first, until)
+                damage.append((at, hole, []))
+                at = hole
+                continue
+            batch = self._decoded(row)
+            if batch is None:
+                if readings:
+                    break
+                past = row[1] if isinstance(row[1], int) and at < row[1] <= until else until
+                damage.append((at, past, self._quarantine(row)))
+                at = past
+                continue
+            age_ms = age_ms or row[4]
+            part = batch[at - first : at - first + limit - len(readings)]
+            part = part[: until - at]
+            readings += part
+            at += len(part)
+            if at >= first + len(batch):
+                dense = row[1] == first + len(batch)
+                at = min(row[1], until)
+                if not dense:
+                    break
+        return Piece(damage[-1][1] if damage else position, at, readings, age_ms, damage)
+
+    def infos(self, lane: LaneName, position: int, *, limit: int, covering: bool = False) -> list[Info]:
+        """Batches from a position on (with the one that holds it, where `covering`), without their readings."""
+        low, high = bounds(lane)
+        start = place(lane, position)
+        with self._guard():
             db = self._opened()
-            with db:
-                db.execute("BEGIN IMMEDIATE")
-                db.execute(self._sql["move_damaged"], (spot.first,))
-                db.execute(self._sql["delete_batch"], (spot.first,))
-        except sqlite3.Error as error:
+            if covering:
+                _, before = db.execute(self._sql["bounds"], (low, start + 1)).fetchone()
+                start = before if before is not None else start
+            rows = db.execute(self._sql["list_batches"], (start, high, limit)).fetchall()
+        return [
+            Info(lane, place_position(at), past, count, bool(thinned), at_ms, since, until, size)
+            for at, past, count, thinned, at_ms, since, until, size in rows
+            if all(isinstance(n, int) for n in (at, past, count, at_ms, since, until)) and past > place_position(at)
+        ]
+
+    def _decoded(self, row: tuple[Any, ...]) -> list[Reading] | None:
+        """A batch's readings, None where damaged; the last few are kept: a route takes a batch in several bites."""
+        readings = self._recent.get(row[0])
+        if readings is None:
+            readings = decode_row(row)
+            if readings is not None:
+                self._recent[row[0]] = readings
+                if len(self._recent) > 2:
+                    del self._recent[next(iter(self._recent))]
+        return readings
+
+    def _quarantine(self, row: tuple[Any, ...]) -> Ids:
+        """Move a damaged batch aside; returns who was in it, as far as that can be told."""
+        with self._guard(), self._transaction() as db:
+            self._set_aside_row(db, "batch", row)
+            db.execute(self._sql["delete_batch"], (row[0],))
+        log.error("%s: a batch of %s readings is damaged on the card; set aside", self.path, row[2])
+        return ids_in(row[8])
+
+    def _set_aside_row(self, db: sqlite3.Connection, what: str, row: object) -> None:
+        with contextlib.suppress(sqlite3.OperationalError):  # a full card: it stays where it is
+            db.execute(self._sql["add_damaged"], (what, _pack(row)))
+
+    def ledger(self, limit: int) -> list[tuple[int, Event]]:
+        """The newest entries first: (unix ms, what was given up and why)."""
+        with self._guard():
+            rows = self._opened().execute(self._sql["read_ledger"], (limit,)).fetchall()
+        return [(at, Event("gap", node, ins, boot, a, b, why)) for at, node, ins, boot, a, b, why in rows]
+
+    def refused(self) -> list[Refused]:
+        """The readings that are set aside, oldest first; damaged ones are left out."""
+        with self._guard():
+            rows = self._opened().execute(self._sql["read_set_aside"]).fetchall()
+        return [
+            Refused(number, at_ms, route, reason, _reading.decode(body))
+            for number, at_ms, route, reason, body, crc in rows
+            if isinstance(body, bytes) and zlib.crc32(body) == crc
+        ]
+
+    # How it is.
+
+    def used_bytes(self) -> int:
+        """Bytes in use of the main file; free pages count as free. The write-ahead log adds some MB at the most."""
+        with self._guard():
+            pages, free, size = (
+                int(self._opened().execute(f"PRAGMA {name}").fetchone()[0])
+                for name in ("page_count", "freelist_count", "page_size")
+            )
+        return (pages - free) * size
+
+    def body_bytes(self, lane: LaneName) -> int:
+        """Bytes of all bodies of a lane."""
+        return sum(info.bytes for info in self.infos(lane, 0, limit=-1))
+
+    def shrink(self) -> None:
+        """Give pages that pruning freed back to the file system, some at a time."""
+        with self._guard():
+            # executescript: a plain execute() of this pragma frees a single page.
+            self._opened().executescript("PRAGMA incremental_vacuum(1024)")
+
+    def close(self) -> None:
+        self._drop()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        db = self._opened()
+        with db:
+            db.execute("BEGIN IMMEDIATE")
+            yield db
+
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
+        """What SQLite raises, as what is to be done about it."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
             raise SpoolFault(f"{self.path}: {error}") from error
-        log.error("readings %d to %d are damaged on the card; set aside", spot.first, spot.past - 1)
+        except (sqlite3.DatabaseError, UnicodeDecodeError, OverflowError) as error:
+            raise SpoolBroken(f"can't be read ({error})") from error
+        except OSError as error:
+            raise SpoolFault(f"{self.path}: {_advice(self.path, error)}") from error
 
     def _opened(self) -> sqlite3.Connection:
         if self._db is None:
@@ -295,18 +575,134 @@ class Log:
         return self._db
 
 
-def _decode(body: bytes, crc: int, count: int) -> list[Reading] | None:
-    """The readings of a batch, or None where they are not what was written."""
-    if zlib.crc32(body) != crc:
-        return None
+def born(path: Path) -> str:
+    """Which file it is, and when it was made (statx(2)): a copy under the same name is another one."""
+    buffer = ctypes.create_string_buffer(256)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.statx(AT_FDCWD, os.fsencode(path), 0, STATX_BTIME, buffer) != 0:
+        return str(path.stat().st_ino)
+    inode, seconds, nanoseconds = struct.unpack_from("<32xQ40xqI", buffer.raw)
+    return f"{inode}.{seconds}.{nanoseconds}"
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """The one connection, made so that what it commits is on the disk."""
+    db = sqlite3.connect(path, isolation_level=None, timeout=5, cached_statements=64)
     try:
-        readings = _readings.decode(zlib.decompress(body))
-    except (zlib.error, msgspec.MsgspecError):
+        db.text_factory = lambda text: text.decode("utf-8", "replace")
+        db.execute(f"PRAGMA page_size={PAGE_BYTES}")  # this and the next count only before the first table is made
+        db.execute("PRAGMA auto_vacuum=INCREMENTAL")
+        db.execute("PRAGMA locking_mode=EXCLUSIVE")  # no shared-memory file, which the kernel would write to the card
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=FULL")
+        db.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
+        db.execute("PRAGMA cell_size_check=ON")
+        db.execute("PRAGMA user_version").fetchone()
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def create(db: sqlite3.Connection) -> None:
+    """Make the tables."""
+    schema = files(__package__).joinpath("schema.sql").read_text()
+    db.executescript(f"BEGIN; {schema} PRAGMA user_version={SCHEMA}; COMMIT;")
+
+
+def load(state: dict[str, bytes]) -> Opened:
+    """What the entries of the table `state` say."""
+    decode = msgspec.msgpack.decode
+    heads = decode(state["heads"], type=list[int]) if "heads" in state else [0, 0]
+    generation, boot = decode(state["boot"], type=tuple[str, int]) if "boot" in state else ("", 0)
+    opened = Opened(generation, boot + 1, dict(zip(LaneName, heads, strict=True)), dict.fromkeys(LaneName, 0))
+    for key, value in state.items():
+        kind, _, rest = key.partition("/")
+        if kind == "mark":
+            node, install, number = rest.split("/")
+            upto, beyond = decode(value, type=tuple[int, list[tuple[int, int]]])
+            opened.marks.append(((node, install, int(number)), upto, beyond))
+        elif kind == "route":
+            route, _, lane = rest.rpartition("/")
+            opened.progress[route, LaneName(int(lane))] = decode(value, type=tuple[int | None, list[Span]])
+        elif kind == "manifest":
+            opened.manifests.append(decode(value, type=Manifest))
+        elif kind == "eras":
+            opened.eras = decode(value, type=list[Era])
+        elif kind == "counts":
+            opened.counts = decode(value, type=dict[str, int])
+        elif kind == "clock":
+            opened.clock = decode(value, type=tuple[int, int, str])
+    opened.marks.sort(key=lambda mark: (mark[0][0], mark[0][2]))
+    return opened
+
+
+def write_state(db: sqlite3.Connection, sql: dict[str, str], state: dict[str, bytes | None]) -> None:
+    """Put down entries of the table `state`, or delete them."""
+    for key, value in state.items():
+        if value is None:
+            db.execute(sql["delete_state"], (key,))
+        else:
+            db.execute(sql["save_state"], (key, value, crc_of_state(key, value)))
+
+
+def place(lane: LaneName, position: int) -> int:
+    """Where a position of a lane lies in the table."""
+    return int(lane) << LANE_BITS | position
+
+
+def place_position(at: int) -> int:
+    return at & ((1 << LANE_BITS) - 1)
+
+
+def bounds(lane: LaneName) -> tuple[int, int]:
+    """[low, high) of a lane's places."""
+    return place(lane, 0), (int(lane) + 1) << LANE_BITS
+
+
+def crc_of_state(key: str, value: bytes) -> int:
+    return zlib.crc32(value, zlib.crc32(key.encode()))
+
+
+def crc_of_batch(head: Sequence[int], ids: bytes, body: bytes) -> int:
+    return zlib.crc32(body, zlib.crc32(ids, zlib.crc32(struct.pack("<7q", *head))))
+
+
+def decode_row(row: tuple[Any, ...]) -> list[Reading] | None:
+    """The readings of a row of the table `batch`, or None where it is not what was written."""
+    *head, crc, ids, body = row
+    try:
+        if crc_of_batch(head, ids, body) != crc:
+            return None
+        readings = codec.decode(body)
+    except (ValueError, TypeError, struct.error):
         return None
-    return readings if len(readings) == count else None
+    return readings if len(readings) == head[2] else None
 
 
-def _statements() -> dict[str, str]:
+def ids_in(blob: object) -> Ids:
+    """Who is in a batch, by its column `ids`; nobody where that is damaged too."""
+    try:
+        if isinstance(blob, bytes) and struct.unpack_from("<I", blob)[0] == zlib.crc32(blob[4:]):
+            return _ids.decode(blob[4:])
+    except (struct.error, msgspec.MsgspecError):
+        pass
+    return []
+
+
+def _advice(path: Path, error: Exception) -> str:
+    """An error of the operating system, and what to do about it."""
+    folder = path.parent
+    if isinstance(error, PermissionError):
+        return f"{error}; it belongs to somebody else: `chown -R $(id -u) {folder}`, or run as its owner"
+    if "full" in str(error) or "No space" in str(error):
+        return f"{error}; the disk is full: make room on it (`df {folder}`), the readings in it are untouched"
+    if "readonly" in str(error) or "Read-only" in str(error):
+        return f"{error}; the file system is read-only: look at `dmesg`, a worn card often ends like this"
+    return f"{error}; the folder must exist, be ours and have room: `ls -ld {folder}`, `df {folder}`"
+
+
+def statements() -> dict[str, str]:
     """The named statements of statements.sql."""
     text = files(__package__).joinpath("statements.sql").read_text()
     parts = text.split("-- name: ")[1:]

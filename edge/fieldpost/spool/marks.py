@@ -115,6 +115,10 @@ class Marks:
         """The boots known of a node, in the order in which they were first seen."""
         return list(self._by_node.get(node, ()))
 
+    def write_all(self) -> None:
+        """Everything must be saved again."""
+        self._changed = set(self._boots)
+
     def changes(self) -> tuple[list[tuple[Key, int, list[tuple[int, int]]]], list[Key]]:
         """What must be saved and what must be deleted since the last call."""
         saved = [(key, self._boots[key].upto, list(self._boots[key].beyond)) for key in self._changed]

@@ -1,42 +1,44 @@
 -- The spool's statements, each under its name; log.py says when they run and why.
 
 -- name: add_batch
-INSERT INTO batch (first, past, crc, body) VALUES (?, ?, ?, ?);
+-- OR REPLACE: what lies at a place that is given again was never acknowledged, or was thinned just now.
+INSERT OR REPLACE INTO batch (place, past, count, thinned, at_ms, since_ms, until_ms, crc, ids, body)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?);
 
 -- name: read_batches
--- From the batch that holds a position on.
-SELECT first, past, crc, body FROM batch
-WHERE first >= coalesce((SELECT max(first) FROM batch WHERE first <= ?1), 0) AND past > ?1
-ORDER BY first LIMIT ?2;
+-- From the batch that holds a position on, within one lane.
+SELECT place, past, count, thinned, at_ms, since_ms, until_ms, crc, ids, body FROM batch
+WHERE place >= coalesce((SELECT max(place) FROM batch WHERE place BETWEEN ?1 AND ?2), ?1) AND place < ?3 AND past > ?4
+ORDER BY place LIMIT ?5;
 
--- name: move_damaged
-INSERT OR REPLACE INTO damaged SELECT first, past, crc, body FROM batch WHERE first = ?;
+-- name: list_batches
+-- The same without their bodies, from a place on.
+SELECT place, past, count, thinned, at_ms, since_ms, until_ms, length(body) FROM batch
+WHERE place >= ? AND place < ? ORDER BY place LIMIT ?;
 
 -- name: delete_batch
-DELETE FROM batch WHERE first = ?;
+DELETE FROM batch WHERE place = ?;
 
--- name: prune
--- Behind the slowest route.
-DELETE FROM batch WHERE first < ?1 AND past <= ?1;
+-- name: prunable_batches
+-- Some batches from a place on, to see whether anybody wants them.
+SELECT place, past, at_ms FROM batch WHERE place >= ? AND place < ? ORDER BY place LIMIT ?;
 
 -- name: bounds
-SELECT coalesce(min(first), 0), coalesce(max(past), 0) FROM batch;
+-- First and last place in use of a lane.
+SELECT min(place), max(place) FROM batch WHERE place >= ? AND place < ?;
 
--- name: save_mark
-INSERT INTO mark (node, install, boot, upto, beyond) VALUES (?, ?, ?, ?, ?)
-ON CONFLICT (node, install, boot) DO UPDATE SET upto = excluded.upto, beyond = excluded.beyond;
+-- name: past_of
+SELECT past FROM batch WHERE place = ?;
 
--- name: delete_mark
-DELETE FROM mark WHERE node = ? AND install = ? AND boot = ?;
+-- name: save_state
+INSERT INTO state (key, value, crc) VALUES (?, ?, ?)
+ON CONFLICT (key) DO UPDATE SET value = excluded.value, crc = excluded.crc;
 
--- name: load_marks
-SELECT node, install, boot, upto, beyond FROM mark ORDER BY node, boot;
+-- name: delete_state
+DELETE FROM state WHERE key = ?;
 
--- name: save_route
-INSERT INTO route (id, cursor) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET cursor = excluded.cursor;
-
--- name: load_routes
-SELECT id, cursor FROM route;
+-- name: load_state
+SELECT key, value, crc FROM state;
 
 -- name: add_to_ledger
 INSERT INTO ledger (at_ms, node, install, boot, first, last, why) VALUES (?, ?, ?, ?, ?, ?, ?);
@@ -44,23 +46,28 @@ INSERT INTO ledger (at_ms, node, install, boot, first, last, why) VALUES (?, ?, 
 -- name: read_ledger
 SELECT at_ms, node, install, boot, first, last, why FROM ledger ORDER BY id DESC LIMIT ?;
 
+-- name: trim_ledger
+DELETE FROM ledger WHERE id <= (SELECT max(id) FROM ledger) - ?;
+
 -- name: count_ledger
-SELECT why, count(*) FROM ledger GROUP BY why;
-
--- name: save_manifest
-INSERT OR IGNORE INTO manifest (hash, body) VALUES (?, ?);
-
--- name: load_manifests
-SELECT body FROM manifest;
+-- By the word before the colon.
+SELECT CASE WHEN instr(why, ':') THEN substr(why, 1, instr(why, ':') - 1) ELSE why END AS word, count(*)
+FROM ledger GROUP BY word;
 
 -- name: add_set_aside
-INSERT INTO set_aside (at_ms, route, reason, body) VALUES (?, ?, ?, ?);
+INSERT INTO set_aside (at_ms, route, reason, body, crc) VALUES (?, ?, ?, ?, ?);
+
+-- name: read_set_aside
+SELECT id, at_ms, route, reason, body, crc FROM set_aside ORDER BY id;
+
+-- name: delete_set_aside
+DELETE FROM set_aside WHERE id = ?;
 
 -- name: count_set_aside
 SELECT count(*) FROM set_aside;
 
--- name: save_meta
-INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value;
+-- name: add_damaged
+INSERT INTO damaged (what, body) VALUES (?, ?);
 
--- name: load_meta
-SELECT key, value FROM meta;
+-- name: count_damaged
+SELECT count(*) FROM damaged;

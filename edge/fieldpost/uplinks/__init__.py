@@ -23,6 +23,7 @@ def make(config: UplinkConfig, client_id: str) -> Uplink:
                 queue=config.queue,
                 declare=config.declare,
                 queue_type=config.queue_type,
+                durable=config.durable,
                 timeout_s=config.timeout_s,
             )
         )

@@ -49,6 +49,12 @@ PERSISTENT = 2
 NOT_FOUND, ACCESS_REFUSED, PRECONDITION_FAILED, NOT_ALLOWED = 404, 403, 406, 530
 CONTENT_TOO_LARGE = 311
 
+DURABLE_QUEUES = ("quorum", "stream")
+"""A classic queue confirms what is not on the disk yet."""
+
+QUEUE_KIND = re.compile(r"inequivalent arg 'x-queue-type'.*current is '(\w+)'")
+"""RabbitMQ 3.10: "inequivalent arg 'x-queue-type' for queue 'q' in ...: received 'classic' but current is 'quorum'"."""
+
 TOO_LARGE = re.compile(r"larger than (?:configured )?max(?:imum)? size:? (\d+)")
 """RabbitMQ 3.10: "message size 1000001 is larger than configured max size 1000000"."""
 
@@ -60,6 +66,8 @@ class AmqpSettings:
     With the default `exchange` messages go straight to `queue`, otherwise to `exchange`, which must exist, with
     `routing_key`. With `declare` the durable queue (and its binding) is made where there is none; without, it is
     only looked for. `queue_type` is `quorum` or `classic`.
+
+    `durable`: `auto` asks the broker what the queue is; `yes` and `no` are believed.
 
     `window` is how many messages may be unconfirmed, `timeout_s` how many seconds any answer may take,
     `heartbeat_s` after how many a silent connection counts as lost (about twice that).
@@ -73,6 +81,7 @@ class AmqpSettings:
     queue: str = "fieldpost"
     declare: bool = True
     queue_type: str = "quorum"
+    durable: str = "auto"
     window: int = 100
     timeout_s: float = 15.0
     heartbeat_s: int = 20
@@ -137,6 +146,30 @@ class Connection:
         method(**arguments, callback=lambda frame: _answer(answer, frame))
         return await self._until(answer, method.__name__.replace("_", " "))
 
+    async def queue_kind(self, queue: str) -> str:
+        """What the broker keeps a queue as: `quorum`, `stream`, or nothing where it is classic or doesn't say.
+
+        A declaration as classic is refused for a queue that is not, and the refusal names what it is. A broker
+        that takes the type for decoration accepts it, which shows as much. On a channel of its own, which that costs.
+        """
+        answer: asyncio.Future[str] = self.gone.get_loop().create_future()
+
+        def ask(channel: Any) -> None:
+            channel.queue_declare(
+                queue, durable=True, arguments={"x-queue-type": "classic"}, callback=lambda _: _answer(answer, "")
+            )
+
+        def refused(_: object, reason: Exception) -> None:
+            kind = QUEUE_KIND.search(_text(reason))
+            _answer(answer, kind[1] if kind else "")
+
+        channel = self._connection.channel(on_open_callback=ask)
+        channel.add_on_close_callback(refused)
+        kind = await self._until(answer, "asking what the queue is")
+        if channel.is_open:
+            channel.close()
+        return kind
+
     @property
     def reason(self) -> str:
         """Why it is gone, for people; without any password."""
@@ -199,6 +232,7 @@ class AmqpUplink:
         self.routing_key = settings.routing_key if settings.exchange else settings.queue
         self._link: _Link | None = None
         self._suspicious = False
+        self._durable = False
         self._state = "down"
         self._detail = ""
         self._messages = 0
@@ -218,6 +252,7 @@ class AmqpUplink:
             link = _Link(self, connection, window=1 if self._suspicious else self.settings.window)
             await connection.call(connection.channel.confirm_delivery, ack_nack_callback=link.on_confirm)
             await self._make_place(connection)
+            self._durable = await self._is_durable(connection)
         except BaseException as fault:
             self._state, self._detail = "down", str(fault)
             connection.abort("not opened")
@@ -255,7 +290,7 @@ class AmqpUplink:
                 state, detail = "down", self._link.connection.reason
             elif self._link.connection.blocked:
                 state, detail = "blocked", self._link.connection.blocked
-        return UplinkStatus(state, detail, self._messages, self._bytes)
+        return UplinkStatus(state, detail, self._messages, self._bytes, self._durable)
 
     def suspect(self) -> None:
         """One of several messages is refused and it isn't known which: send them one by one."""
@@ -287,6 +322,13 @@ class AmqpUplink:
                 )
         elif not settings.exchange:
             await connection.call(channel.queue_declare, queue=settings.queue, passive=True)
+
+    async def _is_durable(self, connection: Connection) -> bool:
+        if self.settings.durable != "auto":
+            return self.settings.durable == "yes"
+        if self.settings.exchange and not self.settings.declare:
+            return False  # which queues its messages reach is somebody else's affair
+        return await connection.queue_kind(self.settings.queue) in DURABLE_QUEUES
 
 
 class _Link:

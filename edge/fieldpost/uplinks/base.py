@@ -27,12 +27,17 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class UplinkStatus:
-    """How an uplink is; `state` is one of `connecting`, `up`, `blocked`, `down`."""
+    """How an uplink is; `state` is one of `connecting`, `up`, `blocked`, `down`.
+
+    `durable`: what it confirms is kept over a `kill -9` of the far side, so it need not be kept here as well. Probed
+    when the link opens; never believed of a far side that can't show it.
+    """
 
     state: str
     detail: str = ""
     messages: int = 0
     bytes: int = 0
+    durable: bool = False
 
 
 class Uplink(Protocol):

@@ -20,9 +20,10 @@ from .base import Message, UplinkStatus
 
 @dataclass(frozen=True, slots=True)
 class MemorySettings:
-    """`timeout_s`: how long a held confirmation is waited for, in seconds."""
+    """`timeout_s`: how long a held confirmation is waited for, in seconds. `durable`: what it says of itself."""
 
     timeout_s: float = 15.0
+    durable: bool = False
 
 
 class MemoryUplink:
@@ -87,7 +88,7 @@ class MemoryUplink:
 
     def status(self) -> UplinkStatus:
         """How it is."""
-        return UplinkStatus(self._state, self._unreachable, self._messages, self._bytes)
+        return UplinkStatus(self._state, self._unreachable, self._messages, self._bytes, self.settings.durable)
 
     async def _confirmation(self) -> None:
         waiter = asyncio.get_running_loop().create_future()
