@@ -14,6 +14,8 @@ VERBS = {
     "run": "Run the gateway: carry readings from the nodes to the uplinks.",
     "check": "Check a configuration; tell all its faults at once.",
     "status": "Show how a running gateway is: nodes, spool, uplinks.",
+    "spool": "Look at the stored readings, check them, take them out, repair the file.",
+    "replay": "Send stored readings to an uplink again.",
     "watch": "Show the readings that arrive upstream, live.",
     "simulate": "Run simulated nodes against a gateway.",
     "demo": "Show the whole way on this machine, an outage included.",

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from .. import metrics
 from ..control import ask
 from . import options
 
@@ -15,17 +16,22 @@ from . import options
 @click.command("status")
 @options.config
 @options.as_json
-def command(config_path: Path | None, as_json: bool) -> None:
+@click.option("--metrics", "as_metrics", is_flag=True, help="Print every figure in the form that Prometheus reads.")
+def command(config_path: Path | None, as_json: bool, as_metrics: bool) -> None:
     """Show how a running gateway is: nodes, spool, uplinks.
 
     \b
     Examples:
       fieldpost status
       fieldpost status --config gateway.toml --json
+      fieldpost status --metrics > /var/lib/prometheus/node-exporter/fieldpost.prom
     """
     answer = ask(options.control_socket(config_path), "status")
     if as_json:
         click.echo(json.dumps(answer))
+        return
+    if as_metrics:
+        click.echo(metrics.text(metrics.metrics(answer)), nl=False)
         return
     from rich.console import Console
 
@@ -46,12 +52,15 @@ def screen(status: dict[str, Any]) -> list[Any]:
         f"{status['broker']['listens']}, nodes are told ",
         (status["state"], "green" if status["state"] == "up" else "bold red"),
     )
-    uplinks = Table("uplink", "state", "waiting", "oldest", "rate", "drained in", "confirmed", box=None, pad_edge=False)
+    columns = ("uplink", "state", "keeps", "waiting", "backfill", "oldest", "rate", "drained in", "confirmed")
+    uplinks = Table(*columns, box=None, pad_edge=False)
     for route in status["routes"]:
         uplinks.add_row(
             route["uplink"],
             Text(route["state"], "green" if route["state"] == "up" else "bold red"),
+            "yes" if route["durable"] else "no" if route["state"] == "up" else "-",
             f"{route['backlog']}",
+            f"{route['backfill']}",
             age(route["lag_s"]) if route["backlog"] else "-",
             f"{route['rate']:.1f}/s",
             "-" if not route["backlog"] else age(route["drain_min"] * 60) if route["drain_min"] else "?",
@@ -69,11 +78,24 @@ def screen(status: dict[str, Any]) -> list[Any]:
             f"{node['boot']}",
             node["firmware"] or "-",
         )
-    backlog = max([0, *spool["backlog"].values()])
+    backlog = max([0, *(route["backlog"] for route in status["routes"])])
     lines = [
         f"spool    {spool['state']}{': ' + spool['detail'] if spool['detail'] else ''}; {backlog} readings waiting, "
-        f"{spool['bytes'] / 1e6:.1f} MB used, {spool['free_bytes'] / 1e9:.1f} GB free, "
+        f"{spool['stored']} on the card, {spool['bytes'] / 1e6:.1f} MB used, {spool['free_bytes'] / 1e9:.1f} GB free, "
         f"{spool['repeats']} repeats recognised, {spool['set_aside']} set aside"
+    ]
+    outlook = []
+    if spool["hours_until_full"] is not None:
+        outlook.append(f"full in {age(spool['hours_until_full'] * 3600)} without any uplink")
+    if spool["card_bytes_per_reading"] is not None:
+        outlook.append(f"{spool['card_bytes_per_reading']:.0f} bytes written per reading")
+    if spool["card_life_years"] is not None:
+        outlook.append(f"at this rate a plain card lasts {min(999, spool['card_life_years']):.0f} years (estimate)")
+    if outlook:
+        lines.append("outlook  " + ", ".join(outlook))
+    lines += [
+        f"removed  route {route} is not configured any more; {count} readings are kept for it"
+        for route, count in sorted(spool["removed"].items())
     ]
     if spool["ledger"]:
         lines.append("given up " + ", ".join(f"{count} x {why}" for why, count in sorted(spool["ledger"].items())))
