@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import aiomqtt
 from fieldpost.control import ask
 from fieldpost.errors import Unreachable
+from fieldpost.forms import senml
+from fieldpost.forms.senml import Arrived
+from fieldpost.upstream import consume
 from fieldpost.wire import manifest_hash
 from servers import free_port
 
@@ -251,3 +255,163 @@ def running(gateway: Gateway) -> Iterator[Gateway]:
         yield gateway.start()
     finally:
         gateway.end()
+
+
+class OutboxNode(ScriptedNode):
+    """A scripted node that keeps what is not acknowledged and stays a few messages ahead, as a real one does."""
+
+    MESSAGE_ROWS = 50
+    AHEAD = 8
+
+    def __init__(self, gateway: Gateway, name: str = "n1", install: str = INSTALL, boot: int = 1) -> None:
+        super().__init__(gateway, name, install, boot)
+        self.told = 0
+
+    @property
+    def held(self) -> int:
+        """The oldest seq of this boot that is not acknowledged."""
+        boot, seq = self.acked
+        return seq + 1 if boot == self.boot else 0
+
+    async def tell(self, count: int, rows: int = MESSAGE_ROWS) -> None:
+        """`count` new rows, `rows` in a message; waits for acks only where it would get too far ahead."""
+        await self._tell(self.told, self.told + count, rows)
+
+    async def tell_again(self, rows: int = MESSAGE_ROWS) -> None:
+        """Everything that is not acknowledged, as after each connect."""
+        await self._tell(self.held, self.told, rows)
+
+    async def all_acked(self, within_s: float = 30.0) -> None:
+        """Wait until nothing is held."""
+        await self.wait_acked(self.boot, self.told - 1, within_s)
+
+    async def _tell(self, first: int, past: int, rows: int) -> None:
+        for start in range(first, past, rows):
+            ahead = start - self.AHEAD * rows
+            await until_async(lambda: self.held > ahead, f"{self.name}: acks up to {ahead}")  # noqa: B023
+            count = min(rows, past - start)
+            self.told = max(self.told, start + count)
+            await self.send(start, count, held=min(self.held, start))
+
+
+def temperature_of(seq: int) -> float:
+    """What a scripted node measures in a row."""
+    return (2000 + seq % 500) / 100
+
+
+class Arrivals:
+    """What arrives at a far side, in order: `rows` of nodes, `records` of the gateway. A repeat must say the same."""
+
+    def __init__(self) -> None:
+        self.rows: list[Arrived] = []
+        self.records: list[Arrived] = []
+        self._said: dict[str, object] = {}
+
+    def take(self, body: bytes) -> None:
+        """One message's body."""
+        for row in senml.decode(body):
+            said = (row.values, row.event)
+            assert self._said.setdefault(row.id, said) == said, f"{row.id} came with two contents"
+            (self.rows if row.event is None else self.records).append(row)
+
+    def seqs(self, node: str = "n1", install: str = INSTALL, boot: int = 1, *, lane: str | None = None) -> list[int]:
+        """A boot's rows in the order in which they first arrived."""
+        mine = [row for row in self.rows if (row.node, row.install, row.boot) == (node, install, boot)]
+        return list(dict.fromkeys(row.seq for row in mine if lane is None or row.lane == lane))
+
+    @property
+    def repeats(self) -> int:
+        return len(self.rows) - len({row.id for row in self.rows})
+
+    @property
+    def gaps(self) -> list[tuple[str, int, int, int | None, str]]:
+        """Gap records: (node, boot, first, last, why), each once."""
+        events = {record.id: record.event for record in self.records}
+        return [(e.node, e.boot, e.first, e.last, e.why) for e in events.values() if e is not None and e.kind == "gap"]
+
+    @contextlib.asynccontextmanager
+    async def reading(self, url: str, password: str = "") -> AsyncIterator[Arrivals]:
+        """Take what arrives at `url` while the block runs, from the moment in which it begins."""
+        listens = asyncio.Event()
+
+        async def read() -> None:
+            told = functools.partial(_set_when_up, listens)
+            async with contextlib.aclosing(consume(url, password=password, changed=told, timeout_s=5)) as arriving:
+                async for arrival in arriving:
+                    self.take(arrival.body)
+
+        reader = asyncio.create_task(read())
+        await listens.wait()
+        try:
+            yield self
+        finally:
+            if not reader.done():
+                reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reader
+
+
+def _set_when_up(listens: asyncio.Event, up: bool, _: str) -> None:
+    if up:
+        listens.set()
+
+
+class Line:
+    """The line to a far side: a port of its own on loopback that can be cut and mended."""
+
+    def __init__(self, far_port: int) -> None:
+        self._far_port = far_port
+        self._is_cut = False
+        self._ends: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server | None = None
+        self.port = 0
+
+    async def __aenter__(self) -> Line:
+        self._server = await asyncio.start_server(self._connect, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *why: object) -> None:
+        assert self._server
+        self._server.close()
+        self.cut()
+
+    def cut(self) -> None:
+        """Every connection is lost, and no new one comes through."""
+        self._is_cut = True
+        for end in self._ends:
+            end.transport.abort()
+
+    def mend(self) -> None:
+        self._is_cut = False
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._is_cut:
+            writer.transport.abort()
+            return
+        with contextlib.suppress(OSError):
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._far_port)
+            mine = {writer, far_writer}
+            self._ends |= mine
+            await asyncio.gather(_pump(reader, far_writer), _pump(far_reader, writer))
+            self._ends -= mine
+
+
+async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await source.read(65_536):
+            sink.write(data)
+            await sink.drain()
+    sink.close()
+
+
+def table(table_: str, /, **settings: str | float | bool) -> str:
+    """One `[[table]]` of a gateway's configuration."""
+    # What JSON writes for a text, a number or a flag, TOML reads as the same.
+    return f"[[{table_}]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
+
+
+def configure(gateway: Gateway, tables: str) -> None:
+    """Put other uplinks and routes into the configuration of a gateway that does not run."""
+    head = gateway.config.read_text().partition("[[")[0]
+    gateway.config.write_text(head + tables)
