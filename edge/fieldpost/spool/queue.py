@@ -343,9 +343,15 @@ class Queue:
         return bool(self._work.ledger or self._work.refused or self._work.deleted)
 
     def _may_hurry(self) -> bool:
-        """Freshness is worth a commit only while somebody upstream listens who does not keep readings himself."""
-        listens = any(link.up and not link.durable for link in self.links.values())
-        return listens or self.waiting >= HURRY_READINGS
+        """Freshness is worth a commit only while somebody upstream listens who does not keep readings himself.
+
+        What uplinks that keep them are about to confirm needs no card.
+        """
+        if any(link.up and not link.durable for link in self.links.values()):
+            return True
+        keep = bool(self.routes) and all(link.durable for link in self.links.values())
+        unsafe = sum(lane.head - self._unwritten(lane) for lane in self.lanes.values())
+        return unsafe >= HURRY_READINGS and not (keep and self.terms.write == "when-needed")
 
     @property
     def is_large(self) -> bool:
