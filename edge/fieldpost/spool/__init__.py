@@ -289,7 +289,8 @@ class Spool:
     ) -> Batch | None:
         stage = self.queue.lanes[lane]
         ttl = self.queue.routes[route].ttl_ms
-        if position >= stage.first:
+        # How old a reading in memory is, only the card knows, once it is there too.
+        if position >= stage.first and not (ttl and position < stage.committed):
             readings = stage.read(position, min(limit, until - position))
             past, at_ms = position + len(readings), self.queue.age_ms()
         else:

@@ -26,6 +26,10 @@ class Span:
         return not (self.node or self.since_ms or self.until_ms)
 
 
+WHOLE = Span(0, 0)
+"""The kind of whatever is no replay."""
+
+
 @dataclass(frozen=True, slots=True)
 class Flight:
     """Positions [first, past) on their way, not confirmed yet; `span` is the piece of history that they belong to."""
@@ -53,8 +57,9 @@ class Progress:
         """The first position of the history that is not on its way, and its span."""
         for span in self.spans:
             position = span.first
-            for flight in self.flying:
-                if flight.span is not None and flight.first <= position < flight.past and _same(flight.span, span):
+            for flight in sorted(self.flying, key=lambda flight: flight.first):
+                # The live end, too, may be on its way and lie in a span by now: something after it was skipped.
+                if flight.first <= position < flight.past and _same(flight.span or WHOLE, span):
                     position = flight.past
             if position < span.past:
                 return position, span
@@ -79,7 +84,7 @@ class Progress:
                 self.live = flight.past
             elif flight.first <= self.live:
                 self.live = max(self.live, flight.past)
-            wanted = Span(0, 0)
+            wanted = WHOLE
         self.spans = [
             piece
             for span in self.spans
