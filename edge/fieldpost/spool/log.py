@@ -31,6 +31,7 @@ from . import codec
 from .marks import Key
 from .progress import Span
 from .stage import LaneName
+from .wal import mend
 
 log = logging.getLogger(__name__)
 
@@ -212,6 +213,7 @@ class Log:
             old = self._marker()
             if old.get("generation") and (not self.path.exists() or self.path.stat().st_size == 0):
                 raise SpoolBroken(f"is missing or empty, spool {old['generation']} was here")
+            self._mend_wal()
             self._db = connect(self.path)
             version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
             if version not in (0, SCHEMA):
@@ -232,12 +234,45 @@ class Log:
             self._begin(opened)
             return opened
 
+    def _mend_wal(self) -> None:
+        """Have a flipped bit in the write-ahead log cost no more than itself. Raises SpoolBroken where more is lost."""
+        wal = self.path.with_name(self.path.name + "-wal")
+        content = wal.read_bytes() if wal.is_file() else b""
+        if not content:
+            if self._is_open_path.exists() and self.path.exists():
+                raise SpoolBroken("has lost its write-ahead log, which was there when it was last used")
+            return
+        mended = mend(content, PAGE_BYTES)
+        if mended.content == content:
+            return
+        aside = self._aside()
+        _write_durably(aside.with_name(aside.name + "-wal"), content)
+        new = wal.with_name(wal.name + ".new")
+        _write_durably(new, mended.content)
+        new.replace(wal)
+        log.error(
+            "%s: %d flipped bits, %d pages lost; what it was is %s-wal", wal, mended.bits, mended.lost, aside.name
+        )
+        if mended.lost:
+            raise SpoolBroken(f"has lost {mended.lost} pages of its write-ahead log")
+
+    def _aside(self) -> Path:
+        """A name that is free, for what is set aside."""
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        return self.path.with_name(f"spool.damaged-{stamp}-{secrets.token_hex(2)}.db")
+
+    @property
+    def _is_open_path(self) -> Path:
+        """There while a write-ahead log must be beside the file: a kill leaves both."""
+        return self.path.with_name("spool.open")
+
     def _begin(self, opened: Opened) -> None:
         """Put down this boot before anything is numbered with it; on a full card, number as somebody else."""
         try:
             state: dict[str, bytes | None] = {"boot": _pack((opened.generation, opened.boot))}
             write_state(self._opened(), self._sql, state)
-        except sqlite3.OperationalError as error:
+            self._is_open_path.touch(0o600)
+        except (sqlite3.OperationalError, OSError) as error:
             opened.generation, opened.boot = secrets.token_hex(6), 1
             log.error("%s: %s; what is stored can be sent, nothing new is taken", self.path, error)
         self._mark(opened.generation)
@@ -245,8 +280,7 @@ class Log:
     def rebuild(self, why: str) -> Opened:
         """Set the file aside, begin a new one, and take over whatever can be read. Nothing is deleted."""
         self._drop()
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        aside = self.path.with_name(f"spool.damaged-{stamp}-{secrets.token_hex(2)}.db")
+        aside = self._aside()
         for suffix in ("", "-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):
                 self.path.with_name(self.path.name + suffix).rename(str(aside) + suffix)
@@ -280,6 +314,8 @@ class Log:
     def _drop(self) -> None:
         self._recent.clear()
         if self._db is not None:
+            with contextlib.suppress(OSError):  # before SQLite deletes the log
+                self._is_open_path.unlink(missing_ok=True)
             with contextlib.suppress(sqlite3.Error):
                 self._db.close()
             self._db = None
@@ -583,6 +619,14 @@ def born(path: Path) -> str:
         return str(path.stat().st_ino)
     inode, seconds, nanoseconds = struct.unpack_from("<32xQ40xqI", buffer.raw)
     return f"{inode}.{seconds}.{nanoseconds}"
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        path.chmod(0o600)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def connect(path: Path) -> sqlite3.Connection:
