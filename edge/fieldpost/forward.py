@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 REFUSALS = 3
 """How often a far side must refuse a single reading before it is set aside."""
 
+LOOK_EVERY_S = 5.0
+"""How often an uplink is looked at that has nothing to carry."""
+
 GATHER_ABOVE_PER_S = 300
 GATHER_S = 0.005
 
@@ -186,7 +189,10 @@ class Route:
         return None
 
     async def _something_happens(self) -> None:
-        """A delivery ends, something new was taken, or the pace lets history go on."""
+        """A delivery ends, something new was taken, or the pace lets history go on.
+
+        Raises Unreachable where the uplink was lost with nothing on its way: no delivery would tell.
+        """
         waits: list[asyncio.Future[object]] = [window[0].delivery for window in self._windows.values() if window]  # type: ignore[misc]
         flying = sum(len(window) for window in self._windows.values())
         news = None
@@ -194,11 +200,15 @@ class Route:
             news = asyncio.ensure_future(self._spool.news())
             waits.append(news)
         paced = [pace.wait_s() for pace in self._paces if pace.wait_s()]
+        timeout = min(LOOK_EVERY_S, max(paced, default=LOOK_EVERY_S))
         try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED, timeout=max(paced, default=None))
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED, timeout=timeout)
         finally:
             if news is not None:
                 news.cancel()
+        uplink = self._uplink.status()
+        if not flying and uplink.state == "down":
+            raise Unreachable(uplink.detail)
 
     async def _isolate(self, batch: Batch, refused: Rejected) -> None:
         """The far side refused a batch: deliver it in halves until the bad reading stands alone, and set that aside."""
