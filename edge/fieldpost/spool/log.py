@@ -193,7 +193,7 @@ class Log:
     def open(self) -> Opened:
         """Open the file, or make it. Raises SpoolFault where the folder can't be used."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _make_folder(self.path.parent)
             self._take_lock()
             try:
                 return self._open()
@@ -314,8 +314,9 @@ class Log:
     def _drop(self) -> None:
         self._recent.clear()
         if self._db is not None:
-            with contextlib.suppress(OSError):  # before SQLite deletes the log
+            with contextlib.suppress(OSError):  # before SQLite deletes the log, on the disk too
                 self._is_open_path.unlink(missing_ok=True)
+                _sync_folder(self.path.parent)
             with contextlib.suppress(sqlite3.Error):
                 self._db.close()
             self._db = None
@@ -627,6 +628,24 @@ def _write_durably(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder, and those above it; a power cut must not take it away with all that is synced in it."""
+    if not folder.parent.is_dir():
+        _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True, mode=0o700)
+    with contextlib.suppress(PermissionError):  # made by somebody else, in a folder that we may not look into
+        _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """What was made, renamed and deleted in it is so after a power cut too."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def connect(path: Path) -> sqlite3.Connection:
