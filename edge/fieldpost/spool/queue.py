@@ -152,14 +152,19 @@ class Queue:
         for name, lane in self.lanes.items():
             for route in self.routes or (NOBODY,):
                 before = opened.progress.get((route, name))
-                if before is None and not known:
-                    before = opened.progress.get((NOBODY, name))
+                nobodys = opened.progress.get((NOBODY, name))
+                if before is None:
+                    before = nobodys
+                elif before[0] is None and nobodys is not None and nobodys[0] is not None:
+                    # It was not configured, and for a while nobody was: what came then is for it as well.
+                    since, spans = nobodys
+                    before = (since, [*before[1], *spans])
                 if before is None:
                     start = opened.oldest[name] if not known else lane.head
                     self.progress[route, name] = Progress(start)
                     continue
                 live, spans = before
-                self.progress[route, name] = Progress(lane.head if live is None else min(live, lane.head), spans)
+                self.progress[route, name] = Progress(lane.head if live is None else min(live, lane.head), list(spans))
             for route in known - set(self.routes):
                 live, spans = opened.progress.get((route, name), (None, []))
                 left = Progress(lane.head if live is None else min(live, lane.head), spans)
