@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import struct
 import time
 from collections.abc import Callable
+
+from fieldpost.wire import manifest_hash
 
 
 def packet(kind: int, body: bytes) -> bytes:
@@ -108,16 +111,46 @@ class Publisher:
         self._on_publish(topic, rest)
 
 
-MANIFEST = json.dumps(
-    {
-        "ch": [
-            ["sent-us", "", 1, "clock", "gauge"],
-            ["temperature", "Cel", 100, "sim", "gauge"],
-            ["n", "", 1, "n", "gauge"],
+def manifest(*channels: tuple[str, str, int], period_ms: int = 1000) -> bytes:
+    """What a node says of its columns: (name, unit, scale) each."""
+    columns = [[name, unit, scale, "sim", "gauge"] for name, unit, scale in channels]
+    return json.dumps({"ch": columns, "p": period_ms, "sl": False, "cap": []}).encode()
+
+
+STAMPED = manifest(("sent-us", "", 1), ("temperature", "Cel", 100), ("n", "", 1))
+"""Columns by which the age of a row is known when it arrives."""
+
+CLIMATE = (("temperature", "Cel", 100), ("humidity", "%RH", 10), ("pressure", "Pa", 1))
+
+STATION = (
+    *CLIMATE,
+    ("light", "lx", 1),
+    ("soil", "%", 10),
+    ("soil-temperature", "Cel", 100),
+    ("wind", "m/s", 10),
+    ("co2", "ppm", 1),
+    ("battery", "V", 1000),
+    ("panel", "V", 1000),
+)
+"""A weather station: a message with one row of it has about 120 bytes."""
+
+STARTS = (2150, 480, 101_325, 12_400, 312, 1420, 34, 612, 3912, 5230)
+STEPS = (3, 2, 4, 90, 1, 1, 6, 5, 3, 12)
+
+
+class Walk:
+    """Values as sensors give them: each channel wanders by a few of its last digits. The same for the same `seed`."""
+
+    def __init__(self, seed: int, channels: int = len(CLIMATE)) -> None:
+        self._random = random.Random(seed)
+        self._now = list(STARTS[:channels])
+
+    def next(self) -> tuple[int, ...]:
+        """The next row's values."""
+        self._now = [
+            max(0, now + self._random.randint(-step, step)) for now, step in zip(self._now, STEPS, strict=False)
         ]
-    }
-    | {"p": 1000, "sl": False, "cap": []}
-).encode()
+        return tuple(self._now)
 
 
 def now_us() -> int:
@@ -126,38 +159,88 @@ def now_us() -> int:
 
 
 class Node:
-    """One node under load: `rows` rows a message, at most `window` rows ahead of `ack`."""
+    """One node under load: `rows` rows a message, at most `window` rows ahead of `ack`.
 
-    def __init__(self, name: str, install: str, hash_: str, rows: int, window: int) -> None:
+    Its rows tell when they were sent, or are those of a `walk` of the columns of `says`. `pace`: how much faster than
+    ours its clock runs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        install: str,
+        rows: int = 1,
+        window: int = 1_000_000,
+        *,
+        says: bytes = STAMPED,
+        walk: Walk | None = None,
+        pace: float = 1.0,
+    ) -> None:
         self.name, self.install = name, install
         self.acked = -1
-        self._hash = hash_
+        self.sent_bytes = 0
+        self._says, self._hash = says, manifest_hash(says)
         self._rows = rows
         self._window = window
+        self._walk = walk
+        self._pace = pace
         self._next = 0
+        self._held: dict[int, tuple[int, tuple[int, ...]]] = {}
         self._more = asyncio.Event()
         self.connection = Publisher(self._take)
 
+    @property
+    def sent(self) -> int:
+        """How many rows it has taken so far."""
+        return self._next
+
+    @property
+    def uptime_ms(self) -> int:
+        """Its own clock."""
+        return int(now_us() * self._pace) // 1000
+
     def _take(self, topic: bytes, payload: bytes) -> None:
-        if topic.endswith(b"/ack"):
-            self.acked = max(self.acked, json.loads(payload)[2])
-            self._more.set()
+        if not topic.endswith(b"/ack"):
+            return
+        acked = json.loads(payload)[2]
+        if acked == self.acked and self._held:
+            self._again()  # said twice: what came after it did not come
+        self.acked = max(self.acked, acked)
+        for seq in [seq for seq in self._held if seq <= acked]:
+            del self._held[seq]
+        self._more.set()
 
     async def connect(self, port: int, key: str) -> None:
         await self.connection.connect(port, self.name, self.name, key)
         await self.connection.subscribe(f"fp1/{self.name}/ack")
         state = json.dumps({"st": "up", "i": self.install, "b": 1, "c": 1}).encode()
         self.connection.publish(f"fp1/{self.name}/state".encode(), state, retain=True)
-        self.connection.publish(f"fp1/{self.name}/manifest".encode(), MANIFEST, retain=True)
+        self.connection.publish(f"fp1/{self.name}/manifest".encode(), self._says, retain=True)
 
     def send_one(self) -> None:
         """The next message, whatever is outstanding."""
         first = self._next
         self._next += self._rows
         sent = now_us()
-        rows = ",".join(f"[0,{sent},{2000 + (first + n) % 500},{first + n}]" for n in range(self._rows))
-        head = f'[1,"{self.install}",1,{first},{sent // 1000},null,{min(self.acked + 1, first)},[],"{self._hash}",'
-        self.connection.publish(f"fp1/{self.name}/data".encode(), f"{head}[{rows}]]".encode())
+        if self._walk is None:
+            rows = ",".join(f"[0,{sent},{2000 + (first + n) % 500},{first + n}]" for n in range(self._rows))
+        else:
+            taken = [(self.uptime_ms, self._walk.next()) for _ in range(self._rows)]
+            self._held.update(enumerate(taken, first))
+            rows = ",".join(f"[0,{','.join(map(str, values))}]" for _, values in taken)
+        self._publish(first, self.uptime_ms, rows)
+
+    def _again(self) -> None:
+        """All that is held, from the oldest on."""
+        now, first = self.uptime_ms, min(self._held)
+        rows = [f"[{now - at},{','.join(map(str, values))}]" for _, (at, values) in sorted(self._held.items())[:200]]
+        self._publish(first, now, ",".join(rows))
+
+    def _publish(self, first: int, uptime_ms: int, rows: str) -> None:
+        held = min(self.acked + 1, first)
+        payload = f'[1,"{self.install}",1,{first},{uptime_ms},null,{held},[],"{self._hash}",[{rows}]]'.encode()
+        self.sent_bytes += len(payload)
+        self.connection.publish(f"fp1/{self.name}/data".encode(), payload)
 
     async def flood(self, total: int) -> None:
         """Send `total` rows as fast as the window lets them; returns when all are acknowledged."""
@@ -168,6 +251,10 @@ class Node:
             self.send_one()
             if self._next % (self._rows * 50) == 0:
                 await self.connection.drain()
-        while self.acked < total - 1:
+        await self.all_acked()
+
+    async def all_acked(self) -> None:
+        """Wait until every row that was sent is acknowledged."""
+        while self.acked < self._next - 1:
             self._more.clear()
             await self._more.wait()
