@@ -341,8 +341,10 @@ class Arrivals:
                     self.take(arrival.body)
 
         reader = asyncio.create_task(read())
-        await listens.wait()
         try:
+            await until_async(lambda: listens.is_set() or reader.done(), f"{url} can be read")
+            if reader.done():
+                reader.result()
             yield self
         finally:
             if not reader.done():
@@ -363,6 +365,7 @@ class Line:
         self._far_port = far_port
         self._is_cut = False
         self._ends: set[asyncio.StreamWriter] = set()
+        self._pumps: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self.port = 0
 
@@ -375,6 +378,7 @@ class Line:
         assert self._server
         self._server.close()
         self.cut()
+        await asyncio.gather(*self._pumps)
 
     def cut(self) -> None:
         """Every connection is lost, and no new one comes through."""
@@ -392,9 +396,15 @@ class Line:
         with contextlib.suppress(OSError):
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._far_port)
             mine = {writer, far_writer}
+            pumps = {
+                asyncio.create_task(_pump(reader, far_writer)),
+                asyncio.create_task(_pump(far_reader, writer)),
+            }
             self._ends |= mine
-            await asyncio.gather(_pump(reader, far_writer), _pump(far_reader, writer))
+            self._pumps |= pumps
+            await asyncio.wait(pumps)
             self._ends -= mine
+            self._pumps -= pumps
 
 
 async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
