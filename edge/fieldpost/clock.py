@@ -53,7 +53,12 @@ class SystemClock:
         return synchronised()
 
     def kernel_boot(self) -> str:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return _kernel_boot()
+
+
+@functools.cache
+def _kernel_boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 @functools.cache

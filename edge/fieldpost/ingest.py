@@ -187,27 +187,15 @@ class Ingest:
         return {data.first_seq + n for n, row in enumerate(data.rows) if self._urgency.is_urgent(node, manifest, row)}
 
     def _readings(self, node: str, data: wire.Data) -> list[Reading]:
+        install, boot, first, manifest = data.install, data.boot, data.first_seq, data.manifest
         uptimes = [data.uptime_ms - age for age in data.ages_ms]
         self._spool.observe_clock(self.synchronised)
         era = self._spool.era
         dated, quality = self._dating.date(
-            node, data.install, data.boot, uptimes, data.anchor, boottime_ms(), time.time_ns() // 1_000_000
+            node, install, boot, uptimes, data.anchor, boottime_ms(), time.time_ns() // 1_000_000
         )
         return [
-            Reading(
-                node,
-                data.install,
-                data.boot,
-                data.first_seq + n,
-                uptime,
-                at,
-                error,
-                data.manifest,
-                row,
-                None,
-                quality,
-                era,
-            )
+            Reading(node, install, boot, first + n, uptime, at, error, manifest, row, None, quality, era)
             for n, (row, uptime, (at, error)) in enumerate(zip(data.rows, uptimes, dated, strict=True))
         ]
 

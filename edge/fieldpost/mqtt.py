@@ -2,7 +2,8 @@
 
 The public iterator of aiomqtt acknowledges a message before anybody has looked at it, and its queue drops messages
 when it is bounded. So messages go straight from paho to `on_message`, and are acknowledged by `acknowledge` when
-they are safe. That takes private names of aiomqtt 2.5.1 (`_client`, `_disconnected`); a test guards them.
+they are safe. That takes private names of aiomqtt 2.5.1 and paho (`_client`, `_disconnected`, `_sock`); a test guards
+them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import aiomqtt
+import msgspec
 import paho.mqtt.client as paho
 
 from .errors import Unreachable
@@ -40,8 +42,7 @@ class Address:
         return str(self.socket) if self.socket else f"{self.host}:{self.port}"
 
 
-@dataclass(frozen=True, slots=True)
-class Incoming:
+class Incoming(msgspec.Struct, frozen=True):
     """A message from the broker. `mid` is what `acknowledge` wants; 0 where the message needs none."""
 
     topic: str
@@ -60,35 +61,50 @@ class Connection:
         self._on_message = on_message
         self._paho.on_message = self._take
 
-    def gather_writes(self) -> None:
-        """Write what one turn of the loop has to say in one go.
+    def read_and_write_in_bulk(self) -> None:
+        """Put `_Bulk` under paho, and let one turn of the loop write in one go what it has to say.
 
-        For every packet that it queues, paho asks for a writer, and aiomqtt wakes the loop through a pipe for it: at
-        thousands of PUBACKs a second that costs more than the PUBACKs. Call it in the loop, once connected.
+        For every packet paho reads three times, writes once, and asks for a writer, for which aiomqtt wakes the loop
+        through a pipe: at thousands of messages a second that costs more than the messages. Call it once connected.
         """
         loop = asyncio.get_running_loop()
+        bulk: Any = _Bulk(self._paho.socket())
+        self._paho._sock = bulk
         asked = False
 
         def ask(client: paho.Client, userdata: object, sock: Any) -> None:
             nonlocal asked
             if not asked:
                 asked = True
-                loop.call_soon(give, sock)
-
-        def give(sock: Any) -> None:
-            nonlocal asked
-            asked = False
-            if sock.fileno() >= 0 and not self.is_lost:
-                loop.add_writer(sock.fileno(), write)
+                loop.call_soon(write)
 
         def write() -> None:
+            nonlocal asked
+            asked = False
+            if self.is_lost or bulk.fileno() < 0:
+                return
             try:
                 self._paho.loop_write()
+                if bulk.fileno() >= 0 and not bulk.flush():
+                    loop.add_writer(bulk.fileno(), write)
             except OSError as error:
-                if not self.is_lost:
-                    self._aio._disconnected.set_exception(error)
+                self._lose(error)
+
+        def read() -> None:
+            try:
+                bulk.fill()
+                while bulk.readable and not self.is_lost:
+                    if self._paho.loop_read() != paho.MQTT_ERR_SUCCESS:
+                        break
+            except OSError as error:
+                self._lose(error)
 
         self._paho.on_socket_register_write = ask
+        loop.add_reader(bulk.fileno(), read)
+
+    def _lose(self, error: OSError) -> None:
+        if not self.is_lost:
+            self._aio._disconnected.set_exception(error)
 
     async def subscribe(self, topics: list[tuple[str, int]]) -> None:
         """Returns after the broker's SUBACK. Raises Unreachable, also where the broker refuses a topic."""
@@ -177,7 +193,7 @@ async def connect(
     except aiomqtt.MqttError as error:
         _silence(client)
         raise Unreachable(f"{address}: {error}") from None
-    connection.gather_writes()
+    connection.read_and_write_in_bulk()
     try:
         yield connection
     finally:
@@ -185,6 +201,63 @@ async def connect(
         with contextlib.suppress(aiomqtt.MqttError):
             await client.__aexit__(None, None, None)
         _silence(client)
+
+
+class _Bulk:
+    """A socket under paho that receives and sends in large pieces; what it does not know is the socket's own."""
+
+    RECEIVE_BYTES = 65_536
+
+    def __init__(self, sock: Any) -> None:
+        self._sock = sock
+        self._in = b""
+        self._at = 0
+        self._out = bytearray()
+        self._ended = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+    def fill(self) -> None:
+        """Receive what there is, once. Raises OSError."""
+        with contextlib.suppress(BlockingIOError):
+            more = self._sock.recv(self.RECEIVE_BYTES)
+            self._in, self._at = self._in[self._at :] + more, 0
+            self._ended = not more
+
+    @property
+    def readable(self) -> bool:
+        """Whether `recv` has something to say."""
+        return self._at < len(self._in) or self._ended
+
+    def recv(self, count: int) -> bytes:
+        """Like a non-blocking socket's; nothing is an end."""
+        at = self._at
+        part = self._in[at : at + count]
+        self._at = at + len(part)
+        if not part and not self._ended:
+            raise BlockingIOError
+        return part
+
+    def send(self, data: bytes) -> int:
+        """Take all of it; `flush` sends it."""
+        self._out += data
+        return len(data)
+
+    def flush(self) -> bool:
+        """Send what the kernel takes; whether that was all. Raises OSError."""
+        while self._out:
+            try:
+                del self._out[: self._sock.send(self._out)]
+            except BlockingIOError:
+                return False
+        return True
+
+    def close(self) -> None:
+        """Send what is left, a goodbye perhaps, and close."""
+        with contextlib.suppress(OSError):
+            self.flush()
+        self._sock.close()
 
 
 def _silence(client: aiomqtt.Client) -> None:

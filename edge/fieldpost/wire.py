@@ -6,6 +6,7 @@ of the gateway to be small and well typed, everything else raises `Malformed` wi
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from typing import Annotated, TypeVar
@@ -101,6 +102,7 @@ _CHANNEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,31}\Z")  # RFC 8428 se
 _UNIT = re.compile(r"[ -~]{0,16}\Z")
 
 
+@functools.lru_cache(maxsize=4096)
 def parse_topic(topic: str) -> tuple[str, str]:
     """`fp1/<node>/<leaf>` -> (node, leaf). Raises Malformed (`topic`)."""
     parts = topic.split("/")
@@ -119,9 +121,9 @@ def parse_data(payload: bytes) -> Data:
     for first, last in raw.drops:
         if last < first:
             raise Malformed("range", f"drops from {first} to {last}")
-    ages = tuple(row[0] for row in raw.rows)
+    ages, longest = tuple([row[0] for row in raw.rows]), raw.uptime_ms
     for age in ages:
-        if not isinstance(age, int) or not 0 <= age <= raw.uptime_ms:
+        if not isinstance(age, int) or not 0 <= age <= longest:
             raise Malformed("range", f"age {age!r} at uptime {raw.uptime_ms}")
     if raw.anchor is not None and not isinstance(raw.anchor, Anchor) and raw.anchor != 0:
         raise Malformed("type", "anchor is neither null, 0 nor a triple")
@@ -136,7 +138,7 @@ def parse_data(payload: bytes) -> Data:
         drops=tuple(raw.drops),
         manifest=raw.manifest,
         ages_ms=ages,  # type: ignore[arg-type]  # each was checked to be an int above
-        rows=tuple(tuple(row[1:]) for row in raw.rows),
+        rows=tuple([tuple(row[1:]) for row in raw.rows]),
     )
 
 

@@ -52,12 +52,17 @@ class BootClock:
         """CLOCK_BOOTTIME at uptime 0."""
         return self._minima[0][1]
 
-    def error_ms(self, now_ms: int, uptime_ms: int) -> int:
-        """How far off the date of `uptime_ms` may be, at `now_ms`: delay, and drift since the offset was heard."""
+    def date(self, uptimes_ms: Sequence[int], now_ms: int, step_ms: int) -> list[tuple[int, int]]:
+        """(date, how far off it may be: delay, and drift since the offset was heard) at `now_ms`; `step_ms` is what
+        the wall clock is ahead of CLOCK_BOOTTIME.
+        """
         delay = DELAY_MS if self.heard >= FEW_MESSAGES else DELAY_FEW_MS
         heard_ms, offset_ms = self._minima[0]
-        since_heard = max(abs(now_ms - heard_ms), abs(heard_ms - offset_ms - uptime_ms))
-        return delay + since_heard * DRIFT_PPM // 1_000_000
+        since_heard, heard_at = abs(now_ms - heard_ms), heard_ms - offset_ms
+        begin_ms = step_ms + offset_ms
+        return [
+            (begin_ms + at, delay + max(since_heard, abs(heard_at - at)) * DRIFT_PPM // 1_000_000) for at in uptimes_ms
+        ]
 
 
 @dataclass(slots=True)
@@ -99,7 +104,7 @@ class Dating:
         clock = known.boots.get((install, boot))
         step = unix_ms - boottime_ms
         if clock is not None:
-            dated = [(step + clock.offset_ms + at, clock.error_ms(boottime_ms, at)) for at in uptimes_ms]
+            dated = clock.date(uptimes_ms, boottime_ms, step)
         elif anchor is not None:
             dated = [
                 (

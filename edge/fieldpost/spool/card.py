@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,6 +17,9 @@ from .log import Commit, Log
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+SHRINK_EVERY_S = 5.0
+"""How often pages that became free are given back to the file system."""
 
 VOLATILE = {0x01021994: "tmpfs", 0x858458F6: "ramfs", 0x794C7630: "overlay"}
 """statfs(2): what is gone with the power, whatever fsync says."""
@@ -29,7 +33,7 @@ class Card:
         self.log = Log(folder)
         self.bytes = 0
         self.free = 0
-        self._commits = 0
+        self._shrunk_at = time.monotonic()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spool")
 
     async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -39,8 +43,8 @@ class Card:
     def write(self, commit: Commit) -> None:
         """Make a commit. Raises SpoolFault: it was not made."""
         self.log.commit(commit)
-        self._commits += 1
-        if self._commits % 16 == 0:
+        if time.monotonic() - self._shrunk_at >= SHRINK_EVERY_S:
+            self._shrunk_at = time.monotonic()
             self.log.shrink()
         self.measure()
 

@@ -42,7 +42,7 @@ PAGE_BYTES = 1024
 CHECKPOINT_PAGES = 4000
 LANE_BITS = 56
 AT_FDCWD, STATX_BTIME = -100, 0x800
-PRUNED_AT_ONCE = 64
+PRUNED_AT_ONCE = 512
 KEPT_LEDGER = 10_000
 """Entries that can be looked at; what they count goes on being counted."""
 
@@ -157,6 +157,8 @@ class Piece:
 class Opened:
     """What a spool knows when it is opened. `aside`: where unreadable files were moved to. `missing`: holes.
 
+    `is_doubtful`: entries were lost, so a route that nothing is known of need not be a new one.
+
     `session` is new with each opening: it numbers the gateway's own records, also after a card was restored from an
     image, of which nothing in the file can tell.
     """
@@ -172,6 +174,7 @@ class Opened:
     clock: tuple[int, int, str] = (0, 0, "")
     counts: dict[str, int] = field(default_factory=dict)
     set_aside: int = 0
+    is_doubtful: bool = False
     session: str = field(default_factory=lambda: secrets.token_hex(6))
     aside: list[str] = field(default_factory=list)
     missing: list[tuple[tuple[LaneName, int, int], Ids]] = field(default_factory=list)
@@ -185,6 +188,7 @@ class Log:
         self._db: sqlite3.Connection | None = None
         self._lock: int | None = None
         self._sql = statements()
+        self._page_bytes = PAGE_BYTES
         self._recent: dict[int, list[Reading]] = {}
         self._pruned_to: dict[LaneName, int] = {}
 
@@ -221,10 +225,17 @@ class Log:
                     f"has schema {version}, this Fieldpost writes schema {SCHEMA}"
                     + (": readings that only a newer one can read stay in the file set aside" if version > 2 else "")
                 )
+            if version == 0 and self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                raise SpoolBroken("has tables, and no schema's number")
             if version == 0:
                 create(self._db)
             self.path.chmod(0o600)
+            tree = "; ".join(str(row[0]) for row in self._db.execute("PRAGMA integrity_check(state)").fetchall())
+            if tree != "ok":
+                raise SpoolBroken(f"is damaged: {tree}")
             opened = self._state()
+            if opened.missing:
+                raise SpoolBroken(f"lacks {sum(past - first for (_, first, past), _ in opened.missing)} readings")
             restored = bool(old) and old.get("file") != born(self.path)
             if version == 0 or not opened.generation or restored:
                 # What has this identity may be elsewhere and go on there: two spools must not number alike.
@@ -291,11 +302,18 @@ class Log:
             self.path.chmod(0o600)
             from .repair import salvage  # it reads what this module writes
 
-            taken = salvage(aside, self._db)
-            log.error("%d readings of %s were taken over", taken, aside.name)
+            salvaged = salvage(aside, self._db)
+            log.error("%d readings of %s were taken over", salvaged.readings, aside.name)
             opened = self._state()
         except sqlite3.Error as error:
-            raise SpoolFault(f"{self.path}: {error}") from error
+            raise SpoolFault(f"{self.path}: {_advice(self.path, error)}") from error
+        opened.is_doubtful = True
+        for lane, ids in salvaged.lost:
+            holes = [at for at, ((name, _, _), known) in enumerate(opened.missing) if name is lane and not known]
+            if holes:
+                opened.missing[holes[0]][1].extend(ids)
+            else:
+                opened.missing.append(((lane, 0, 0), ids))
         opened.generation, opened.boot = secrets.token_hex(6), 1
         self._begin(opened)
         opened.aside.append(f"{aside.name}: {why}"[:150])
@@ -352,22 +370,31 @@ class Log:
     def _state(self) -> Opened:
         db, sql = self._opened(), self._sql
         state: dict[str, Any] = {}
+        is_doubtful = False
         for key, value, crc in db.execute(sql["load_state"]).fetchall():
             if not isinstance(value, bytes) or crc_of_state(key, value) != crc:
                 log.error("%s: the entry %r is damaged; set aside", self.path, key)
                 self._set_aside_row(db, f"state {key}", value)
                 with contextlib.suppress(sqlite3.Error):
                     db.execute(sql["delete_state"], (key,))
+                is_doubtful = True
                 continue
             state[key] = value
+        if is_doubtful:
+            from .repair import remember_rows  # it reads what this module writes
+
+            remember_rows(db)
+            rows = db.execute(sql["load_state"]).fetchall()
+            state = {k: v for k, v, crc in rows if isinstance(v, bytes) and crc_of_state(k, v) == crc}
         opened = load(state)
+        opened.is_doubtful = is_doubtful
         for name in LaneName:
             first, last = db.execute(sql["bounds"], bounds(name)).fetchone()
             if last is not None:
                 opened.oldest[name] = place_position(first)
-                (past,) = db.execute(sql["past_of"], (last,)).fetchone()
-                if "heads" not in state:
-                    opened.heads[name] = past
+                row = db.execute(sql["read_batches"], (last, last, last + 1, 1)).fetchone()
+                if row is not None and decode_row(row) is not None:
+                    opened.heads[name] = max(opened.heads[name], row[1])
             if not opened.oldest[name]:
                 opened.oldest[name] = opened.heads[name] if last is None else place_position(first)
             opened.missing += [((name, a, b), []) for a, b in self._holes(opened, name)]
@@ -471,29 +498,29 @@ class Log:
         """
         damage: list[tuple[int, int, Ids]] = []
         readings: list[Reading] = []
-        at, age_ms = position, 0
+        at, age_ms = position, None
         low, high = bounds(lane)
+        lost: Ids = []
         while at < until and len(readings) < limit:
             with self._guard():
-                arguments = (low, place(lane, at), high, at, 1)
-                row = self._opened().execute(self._sql["read_batches"], arguments).fetchone()
-            first = place_position(row[0]) if row is not None and isinstance(row[0], int) else until
-            if row is None or first > at:
+                rows = self._opened().execute(self._sql["read_batches"], (low, place(lane, at), high, 2)).fetchall()
+            # The one that covers the position or, where that ends before it, the next one.
+            row = next((r for r in rows if place_position(r[0]) > at or r[1] > at or self._decoded(r) is None), None)
+            batch = self._decoded(row) if row is not None else None
+            if row is not None and batch is None:
+                if readings:
+                    break
+                lost += self._quarantine(row)  # then look again: what its place was is as uncertain as all else in it
+                continue
+            first = place_position(row[0]) if row is not None else until
+            if row is None or batch is None or first > at:
                 if readings:
                     break
                 hole = min(first, until)
-                damage.append((at, hole, []))
-                at = hole
+                damage.append((at, hole, lost))
+                at, lost = hole, []
                 continue
-            batch = self._decoded(row)
-            if batch is None:
-                if readings:
-                    break
-                past = row[1] if isinstance(row[1], int) and at < row[1] <= until else until
-                damage.append((at, past, self._quarantine(row)))
-                at = past
-                continue
-            age_ms = age_ms or row[4]
+            age_ms = row[4] if age_ms is None else age_ms
             part = batch[at - first : at - first + limit - len(readings)]
             part = part[: until - at]
             readings += part
@@ -503,7 +530,9 @@ class Log:
                 at = min(row[1], until)
                 if not dense:
                     break
-        return Piece(damage[-1][1] if damage else position, at, readings, age_ms, damage)
+        if lost:
+            damage.append((at, at, lost))
+        return Piece(damage[-1][1] if damage else position, at, readings, age_ms or 0, damage)
 
     def infos(self, lane: LaneName, position: int, *, limit: int, covering: bool = False) -> list[Info]:
         """Batches from a position on (with the one that holds it, where `covering`), without their readings."""
@@ -565,11 +594,10 @@ class Log:
     def used_bytes(self) -> int:
         """Bytes in use of the main file; free pages count as free. The write-ahead log adds some MB at the most."""
         with self._guard():
-            pages, free, size = (
-                int(self._opened().execute(f"PRAGMA {name}").fetchone()[0])
-                for name in ("page_count", "freelist_count", "page_size")
-            )
-        return (pages - free) * size
+            db = self._opened()
+            pages = int(db.execute("PRAGMA page_count").fetchone()[0])
+            free = int(db.execute("PRAGMA freelist_count").fetchone()[0])
+        return (pages - free) * self._page_bytes
 
     def body_bytes(self, lane: LaneName) -> int:
         """Bytes of all bodies of a lane."""
@@ -600,7 +628,9 @@ class Log:
         try:
             yield
         except sqlite3.OperationalError as error:
-            raise SpoolFault(f"{self.path}: {error}") from error
+            if "no such" in str(error) or "has no column" in str(error):  # a damaged schema, the statements are right
+                raise SpoolBroken(f"can't be read ({error})") from error
+            raise SpoolFault(f"{self.path}: {_advice(self.path, error)}") from error
         except (sqlite3.DatabaseError, UnicodeDecodeError, OverflowError) as error:
             raise SpoolBroken(f"can't be read ({error})") from error
         except OSError as error:

@@ -6,7 +6,7 @@ write and when. `Spool` carries it out in its thread; the tests do so by hand, w
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -38,6 +38,9 @@ NOBODY = ""
 
 NEVER = 1 << 55
 """A position that none reaches."""
+
+PRUNE_EVERY_MS = 2_000
+"""How often a commit also looks for what need not be kept any longer."""
 
 SAVE_PROGRESS_EVERY = 20_000
 """Confirmed readings after which a fast drain notes how far it is."""
@@ -118,8 +121,9 @@ class Queue:
         self._dirty_routes: set[tuple[str, LaneName]] = set(self.progress)
         self._confirmed_unsaved = 0
         self._last_commit_ms = self.age_ms()
+        self._pruned_ms = self._last_commit_ms - PRUNE_EVERY_MS
         self._at_once = False
-        self._hurry = False
+        self._hurried_ms: int | None = None
         self.observe_clock()
         self._tell_damage(opened)
 
@@ -237,16 +241,19 @@ class Queue:
         """Take readings that are new by identity; those whose seq is in `urgent` overtake the others."""
         now = self.age_ms()
         bulk, fast = self.lanes[LaneName.BULK], self.lanes[LaneName.URGENT]
-        for reading in readings:
-            if self.marks.take((reading.node, reading.install, reading.boot), reading.seq, reading.seq):
-                self.taken += 1
-                if reading.seq in urgent:
-                    fast.put(reading, now)
-                    self._at_once = True
-                else:
-                    bulk.put(reading, now)
-            else:
-                self.repeats += 1
+        for run in _runs(readings):
+            one = run[0]
+            fresh = self.marks.take((one.node, one.install, one.boot), one.seq, run[-1].seq)
+            if len(fresh) != 1 or fresh[0] != (one.seq, run[-1].seq):
+                count, run = len(run), [row for row in run if any(a <= row.seq <= b for a, b in fresh)]
+                self.repeats += count - len(run)
+            self.taken += len(run)
+            if not urgent:
+                bulk.put_all(run, now)
+                continue
+            for row in run:
+                (fast if row.seq in urgent else bulk).put(row, now)
+                self._at_once |= row.seq in urgent
         return self.ticket
 
     def mark(self, key: Key, first: int, last: int) -> list[tuple[int, int]]:
@@ -317,7 +324,8 @@ class Queue:
 
     def hurry(self) -> None:
         """A node's window is half used: it will soon have to wait for us."""
-        self._hurry = True
+        if self._hurried_ms is None:
+            self._hurried_ms = self.age_ms()
 
     def due_ms(self) -> int | None:
         """When the next commit is to be made, by the spool's clock; None: nothing waits."""
@@ -332,8 +340,8 @@ class Queue:
                     due.append(now)
             elif lane.committed < lane.head:
                 due.append(lane.taken_ms(lane.committed) + self.terms.lazy_ms)
-        if due and self._hurry and self._may_hurry():
-            due.append(now + HURRIED_LINGER_MS)
+        if due and self._hurried_ms is not None and self._may_hurry():
+            due.append(self._hurried_ms + HURRIED_LINGER_MS)
         if self.is_large:
             due.append(now)
         if self._work.state or self._work.ledger or self._work.refused or self._work.deleted:
@@ -365,7 +373,7 @@ class Queue:
 
     def plan(self) -> Commit:
         """What the next transaction writes. Tell `done` or `failed` what has become of it, before the next one."""
-        self._hurry = self._at_once = False
+        self._hurried_ms, self._at_once = None, False
         now = self.age_ms()
         writes, left = [], COMMIT_LIMIT
         ends = {}
@@ -403,7 +411,7 @@ class Queue:
             work=work,
             marks=changes,
             dirty=dirty,
-            prune=self._prunable(ends),
+            prune=self._prunable(ends) if now - self._pruned_ms >= PRUNE_EVERY_MS else {},
             confirmed_unsaved=self._confirmed_unsaved,
         )
 
@@ -425,6 +433,8 @@ class Queue:
         """A commit is on the card."""
         self.commits += 1
         self._last_commit_ms = self.age_ms()
+        if commit.prune:
+            self._pruned_ms = self._last_commit_ms
         self._confirmed_unsaved -= commit.confirmed_unsaved
         for name, lane in self.lanes.items():
             lane.commit(max(lane.committed, commit.ends[name]))
@@ -583,6 +593,23 @@ class Queue:
         if dropped and reading.event is None:
             why = f"dropped by hand: {refused.route}"
             self.note(Event("gap", reading.node, reading.install, reading.boot, reading.seq, reading.seq, why))
+
+
+def _runs(readings: Iterable[Reading]) -> Iterator[list[Reading]]:
+    """Rows of one boot whose seqs follow on each other."""
+    run: list[Reading] = []
+    for row in readings:
+        if run and (
+            row.seq != run[-1].seq + 1
+            or row.boot != run[-1].boot
+            or row.install != run[-1].install
+            or row.node != run[-1].node
+        ):
+            yield run
+            run = []
+        run.append(row)
+    if run:
+        yield run
 
 
 def ids_of(readings: Iterable[Reading]) -> Ids:

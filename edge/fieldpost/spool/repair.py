@@ -4,134 +4,248 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
+import os
 import shutil
 import sqlite3
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from ..reading import Manifest, Reading
+from ..reading import GATEWAY, Manifest, Reading
 from . import codec
 from .log import (
+    LANE_BITS,
     PAGE_BYTES,
+    Ids,
     Log,
+    bounds,
     connect,
     crc_of_batch,
     crc_of_state,
     create,
     decode_row,
+    ids_in,
+    load,
     place,
+    place_position,
     statements,
     write_state,
 )
+from .marks import Marks
+from .pages import Pages
 from .stage import LaneName
+from .wal import committed, mend
 
 log = logging.getLogger(__name__)
 
 _pack = msgspec.msgpack.encode
 TELL_EVERY = 200_000
+OURS = {"batch", "state", "mark", "ledger", "set_aside", "damaged"}
+POINTER_MAP = 2
+"""The page that says whose child each page is; reading needs none."""
 
 
-def salvage(source: Path, db: sqlite3.Connection) -> int:
-    """Take over into a new spool whatever of `source` can be read; returns how many readings.
+@dataclass(slots=True)
+class Salvaged:
+    """How many `readings` were taken over. `lost`: who was in rows that are damaged, as far as that can be told."""
 
-    A file whose first page is lost is read with the first page of a new spool in its place: the tables of every
-    spool begin on the same pages.
+    readings: int = 0
+    lost: list[tuple[LaneName, Ids]] = field(default_factory=list)
+
+
+def salvage(source: Path, db: sqlite3.Connection) -> Salvaged:
+    """Take over into a new spool whatever of `source` can be read.
+
+    First along the trees of its tables, as SQLite finds them, then every page for itself, for rows to which no tree
+    leads any more. Only what has the right checksum is taken.
     """
     if not source.is_file():
-        return 0
-    taken = _salvage(source, db)
-    if taken == 0 and source.stat().st_size > PAGE_BYTES:
-        graft = source.with_suffix(".graft")
-        try:
-            _graft(source, graft)
-            taken = _salvage(graft, db)
-        except (OSError, sqlite3.Error) as error:
-            log.warning("%s: a new first page does not help (%s)", source, error)
-        finally:
-            for suffix in ("", "-wal", "-shm"):
-                graft.with_name(graft.name + suffix).unlink(missing_ok=True)
-    return taken
+        return Salvaged()
+    tables = _tables(source)
+    if tables and not tables & OURS:
+        log.error("%s is the database of another program", source)
+        return Salvaged()
+    if "mark" in tables and "state" not in tables:
+        return _salvage_from(source, db, _salvage_first_schema)
+    image = source.with_name(source.name + ".image")
+    try:
+        _make_image(source, image)
+        salvaged = _salvage_from(image, db, _salvage_tables)
+        with db, image.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            db.execute("BEGIN IMMEDIATE")
+            _salvage_pages(Pages(content, PAGE_BYTES), db, salvaged)
+    except (OSError, sqlite3.OperationalError) as error:
+        log.warning("%s is read in its place: %s", source, error)
+        salvaged = _salvage_from(source, db, _salvage_tables)
+    finally:
+        image.unlink(missing_ok=True)
+    remember_rows(db)
+    return salvaged
 
 
-def _graft(source: Path, graft: Path) -> None:
-    shutil.copyfile(source, graft)
-    template = graft.with_name(graft.name + ".new")
+def _tables(source: Path) -> set[str]:
+    """The names of the tables in a file, none where it can't be read."""
+    try:
+        with contextlib.closing(_open_readonly(source)) as old:
+            return {str(name) for (name,) in old.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except sqlite3.Error:
+        return set()
+
+
+def _make_image(source: Path, image: Path) -> None:
+    """What `source` is together with its write-ahead log, and with the schema of a new spool in the place of its own:
+    the tables of every spool begin on the same pages."""
+    shutil.copyfile(source, image)
+    template = image.with_name(image.name + ".new")
     try:
         new = connect(template)
         create(new)
+        roots = {int(page) for (page,) in new.execute("SELECT rootpage FROM sqlite_master")}
         new.close()
-        page = bytearray(template.read_bytes()[:PAGE_BYTES])
+        content = template.read_bytes()
     finally:
         for suffix in ("", "-wal"):
             template.with_name(template.name + suffix).unlink(missing_ok=True)
+    wal = source.with_name(source.name + "-wal")
+    logged = committed(mend(wal.read_bytes(), PAGE_BYTES).content, PAGE_BYTES)[0] if wal.is_file() else {}
+    schema = {
+        number: content[(number - 1) * PAGE_BYTES : number * PAGE_BYTES]
+        for number in range(1, len(content) // PAGE_BYTES + 1)
+        if number not in roots and number != POINTER_MAP
+    }
     # The size in the header counts only where both counters agree (file format, section 1.3.8); so does the file's.
-    page[24:28] = b"\0\0\0\1"
-    page[92:96] = b"\0\0\0\0"
-    with graft.open("r+b") as file:
-        file.write(page)
+    first = bytearray(schema[1])
+    first[24:28], first[92:96] = b"\0\0\0\1", b"\0\0\0\0"
+    with image.open("r+b") as file:
+        for number, page in {**logged, **schema, 1: bytes(first)}.items():
+            file.seek((number - 1) * PAGE_BYTES)
+            file.write(page)
+        file.seek(0, os.SEEK_END)
+        file.truncate(-(-file.tell() // PAGE_BYTES) * PAGE_BYTES)
 
 
-def _salvage(source: Path, db: sqlite3.Connection) -> int:
-    old = _open_readonly(source)
-    if old is None:
-        return 0
-    with contextlib.closing(old):
+def _salvage_from(
+    source: Path, db: sqlite3.Connection, take: Callable[[sqlite3.Connection, sqlite3.Connection], Salvaged]
+) -> Salvaged:
+    try:
+        with contextlib.closing(_open_readonly(source)) as old, db:
+            db.execute("BEGIN IMMEDIATE")
+            return take(old, db)
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError as error:
+        log.warning("%s: %s", source, error)
+        return Salvaged()
+
+
+def _open_readonly(source: Path) -> sqlite3.Connection:
+    """The file as it is, with its write-ahead log where that can be had. Raises sqlite3.Error."""
+    modes = ["immutable=1"] if source.suffix == ".image" else ["mode=ro", "immutable=1"]
+    for mode in modes:
+        db = sqlite3.connect(f"file:{source}?{mode}", uri=True)
         try:
-            version = int(old.execute("PRAGMA user_version").fetchone()[0])
-            with db:
-                db.execute("BEGIN IMMEDIATE")
-                return _salvage_first_schema(old, db) if version == 1 else _salvage_tables(old, db)
-        except sqlite3.DatabaseError as error:
-            log.warning("%s: %s", source, error)
-            return 0
-
-
-def _open_readonly(source: Path) -> sqlite3.Connection | None:
-    """The file as it is, with its write-ahead log where that can be had."""
-    for mode in ("mode=ro", "immutable=1"):
-        with contextlib.suppress(sqlite3.Error):
-            db = sqlite3.connect(f"file:{source}?{mode}", uri=True)
             db.text_factory = lambda text: text.decode("utf-8", "replace")
-            try:
-                db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            except BaseException:
-                db.close()
+            db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        except sqlite3.Error:
+            db.close()
+            if mode == modes[-1]:
                 raise
+        else:
             return db
-    return None
+    raise AssertionError("unreachable")
 
 
-def _salvage_tables(old: sqlite3.Connection, db: sqlite3.Connection) -> int:
+def _salvage_tables(old: sqlite3.Connection, db: sqlite3.Connection) -> Salvaged:
     sql = statements()
-    taken, told = 0, 0
+    salvaged, told = Salvaged(), 0
     for row in _rows(old, "batch", "place"):
         if (readings := decode_row(row)) is None:
             db.execute(sql["add_damaged"], ("batch", _pack(row)))
+            lane = LaneName.URGENT if isinstance(row[0], int) and row[0] < place(LaneName.BULK, 0) else LaneName.BULK
+            salvaged.lost.append((lane, ids_in(row[8])))
             continue
         db.execute(sql["add_batch"], row)
-        taken += len(readings)
-        if taken - told >= TELL_EVERY:
-            told = taken
-            log.info("%d readings taken over", taken)
+        salvaged.readings += len(readings)
+        if salvaged.readings - told >= TELL_EVERY:
+            told = salvaged.readings
+            log.info("%d readings taken over", told)
     for key, value, crc in _rows(old, "state", "key"):
         if isinstance(key, str) and isinstance(value, bytes) and crc_of_state(key, value) == crc:
             write_state(db, sql, {key: value})
         else:
             db.execute(sql["add_damaged"], (f"state {key}", _pack(value)))
-    for row in _rows(old, "ledger", "id"):
-        with contextlib.suppress(sqlite3.IntegrityError):
-            db.execute(sql["add_to_ledger"], row[1:])
-    for row in _rows(old, "set_aside", "id"):
-        with contextlib.suppress(sqlite3.IntegrityError):
-            db.execute(sql["add_set_aside"], row[1:])
-    for row in _rows(old, "damaged", "id"):
-        with contextlib.suppress(sqlite3.IntegrityError):
-            db.execute(sql["add_damaged"], row[1:])
-    return taken
+    for table, statement in (("ledger", "add_to_ledger"), ("set_aside", "add_set_aside"), ("damaged", "add_damaged")):
+        for row in _rows(old, table, "id"):
+            with contextlib.suppress(sqlite3.IntegrityError):
+                db.execute(sql[statement], row[1:])
+    return salvaged
+
+
+def _salvage_pages(pages: Pages, db: sqlite3.Connection, salvaged: Salvaged) -> None:
+    """Take over the rows that the trees did not lead to. Old ones lie about as well: what is there already is newer."""
+    sql = statements()
+    state = {str(key): bytes(value) for key, value, _ in db.execute(sql["load_state"]).fetchall()}
+    there = {name: _held(db, name) for name in LaneName}
+    heads = msgspec.msgpack.decode(state["heads"], type=list[int]) if "heads" in state else None
+    free = [row for row in pages.batches() if _is_free(row, there) and decode_row(row) is not None]
+    for row in sorted(free, key=lambda row: int(row[4]), reverse=True):
+        if _is_free(row, there) and (heads is None or row[1] <= heads[row[0] >> LANE_BITS]):
+            db.execute(sql["add_batch"], row)
+            there[LaneName(row[0] >> LANE_BITS)].append((place_position(row[0]), row[1]))
+            salvaged.readings += row[2]
+    found: dict[str, list[bytes]] = {}
+    for key, value, crc in pages.state():
+        if key not in state and isinstance(value, bytes) and crc_of_state(key, value) == crc:
+            found.setdefault(key, []).append(value)
+    for key, values in found.items():
+        write_state(db, sql, {key: max(values, key=_progress_in)})
+    refused = {bytes(body) for _, _, _, _, body, _ in db.execute(sql["read_set_aside"]).fetchall()}
+    for new in pages.refused():
+        if new[3] not in refused:
+            refused.add(new[3])
+            db.execute(sql["add_set_aside"], new)
+
+
+def _is_free(row: tuple[Any, ...], there: dict[LaneName, list[tuple[int, int]]]) -> bool:
+    """Whether a row has a place that can be, where nothing lies."""
+    if not 0 <= row[0] < len(LaneName) << LANE_BITS:
+        return False
+    first, past = place_position(row[0]), row[1]
+    return not any(a < past and b > first for a, b in there[LaneName(row[0] >> LANE_BITS)])
+
+
+def _held(db: sqlite3.Connection, lane: LaneName) -> list[tuple[int, int]]:
+    rows = db.execute(statements()["list_batches"], (*bounds(lane), -1)).fetchall()
+    return [(place_position(row[0]), row[1]) for row in rows]
+
+
+def _progress_in(value: bytes) -> Any:
+    """By which the newest of several versions of an entry can be told: all of ours only grow."""
+    decoded = msgspec.msgpack.decode(value)
+    while isinstance(decoded, list) and decoded:
+        decoded = decoded[0]
+    return decoded if isinstance(decoded, int) else -1
+
+
+def remember_rows(db: sqlite3.Connection) -> None:
+    """Have the marks know every row that is stored: an entry that was lost must not let in a row a second time."""
+    sql = statements()
+    marks = Marks()
+    for key, upto, beyond in load({str(k): bytes(v) for k, v, _ in db.execute(sql["load_state"])}).marks:
+        marks.load(key, upto, beyond)
+    for (blob,) in db.execute(sql["list_ids"]):
+        for node, install, boot, first, last in ids_in(blob):
+            if node != GATEWAY:
+                marks.take((node, install, boot), first, last)
+    state: dict[str, bytes | None] = {}
+    for (node, install, boot), upto, beyond in marks.changes()[0]:
+        state[f"mark/{node}/{install}/{boot}"] = _pack((upto, beyond))
+    write_state(db, sql, state)
 
 
 def _rows(old: sqlite3.Connection, table: str, key: str) -> Iterator[tuple[Any, ...]]:
@@ -149,7 +263,7 @@ def _rows(old: sqlite3.Connection, table: str, key: str) -> Iterator[tuple[Any, 
                 return
 
 
-def _salvage_first_schema(old: sqlite3.Connection, db: sqlite3.Connection) -> int:
+def _salvage_first_schema(old: sqlite3.Connection, db: sqlite3.Connection) -> Salvaged:
     """From schema 1: one lane, and no checksums over the small tables."""
     sql = statements()
     taken, head = 0, 0
@@ -180,7 +294,7 @@ def _salvage_first_schema(old: sqlite3.Connection, db: sqlite3.Connection) -> in
     for number, at_ms, route, reason, body in _rows(old, "set_aside", "id"):
         del number
         db.execute(sql["add_set_aside"], (at_ms, route, reason, body, zlib.crc32(body)))
-    return taken
+    return Salvaged(taken)
 
 
 def _decode_first_schema(crc: int, body: bytes) -> list[Reading] | None:

@@ -7,6 +7,7 @@ from `committed` on exist nowhere else at the gateway, so their number is what t
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from enum import IntEnum
 from itertools import islice
 
@@ -43,10 +44,14 @@ class Lane:
 
     def put(self, reading: Reading, now_ms: int) -> None:
         """Take a reading at `now_ms` of the spool's clock."""
+        self.put_all((reading,), now_ms)
+
+    def put_all(self, readings: Sequence[Reading], now_ms: int) -> None:
+        """Take readings at `now_ms` of the spool's clock."""
         if not self._taken or now_ms - self._taken[-1][1] >= TAKEN_EVERY_MS:
             self._taken.append((self.head, now_ms))
-        self._readings.append(reading)
-        self.head += 1
+        self._readings.extend(readings)
+        self.head += len(readings)
 
     def taken_ms(self, position: int) -> int:
         """When a position was taken, to a tenth of a second; it must not be on the card yet."""

@@ -6,10 +6,10 @@ INSERT OR REPLACE INTO batch (place, past, count, thinned, at_ms, since_ms, unti
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?);
 
 -- name: read_batches
--- From the batch that holds a position on, within one lane.
+-- From the batch that begins at a position or before it on, within one lane.
 SELECT place, past, count, thinned, at_ms, since_ms, until_ms, crc, ids, body FROM batch
-WHERE place >= coalesce((SELECT max(place) FROM batch WHERE place BETWEEN ?1 AND ?2), ?1) AND place < ?3 AND past > ?4
-ORDER BY place LIMIT ?5;
+WHERE place >= coalesce((SELECT max(place) FROM batch WHERE place BETWEEN ?1 AND ?2), ?1) AND place < ?3
+ORDER BY place LIMIT ?4;
 
 -- name: list_batches
 -- The same without their bodies, from a place on.
@@ -27,8 +27,9 @@ SELECT place, past, at_ms FROM batch WHERE place >= ? AND place < ? ORDER BY pla
 -- First and last place in use of a lane.
 SELECT min(place), max(place) FROM batch WHERE place >= ? AND place < ?;
 
--- name: past_of
-SELECT past FROM batch WHERE place = ?;
+-- name: list_ids
+-- Who is in the batches.
+SELECT ids FROM batch;
 
 -- name: save_state
 INSERT INTO state (key, value, crc) VALUES (?, ?, ?)

@@ -87,6 +87,25 @@ def mend(content: bytes, page_bytes: int) -> Mended:
     return Mended(b"".join(_written(header, kept, order)), bits, lost)
 
 
+def committed(content: bytes, page_bytes: int) -> tuple[dict[int, bytes], int]:
+    """The pages that a log holds, as its last commit left them, and of how many the file consists then; 0: no commit.
+
+    It must be whole, as `mend` makes it.
+    """
+    pages: dict[int, bytes] = {}
+    open_: dict[int, bytes] = {}
+    size = 0
+    for start in range(HEADER_BYTES, len(content) - FRAME_BYTES - page_bytes + 1, FRAME_BYTES + page_bytes):
+        frame = _Frame.at(content, start, page_bytes)
+        if frame.salts != content[16:24]:
+            break
+        open_[frame.page] = frame.body
+        if frame.commit:
+            pages |= open_
+            open_, size = {}, frame.commit
+    return pages, size
+
+
 def checksum(words: bytes, order: str, seed: Sum = (0, 0)) -> Sum:
     """Section 4.2: two sums over pairs of words."""
     one, two = seed
