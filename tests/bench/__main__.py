@@ -14,10 +14,10 @@ import sys
 import time
 from pathlib import Path
 
-from . import rate, report
+from . import farm, rate, report
 
 HERE = Path(__file__).parent
-TOPICS = {"rate": rate}
+TOPICS = {"farm": farm, "rate": rate}
 
 
 def main() -> None:
