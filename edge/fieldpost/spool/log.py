@@ -683,9 +683,12 @@ def connect(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, isolation_level=None, timeout=5, cached_statements=64)
     try:
         db.text_factory = lambda text: text.decode("utf-8", "replace")
-        db.execute(f"PRAGMA page_size={PAGE_BYTES}")  # this and the next count only before the first table is made
-        db.execute("PRAGMA auto_vacuum=INCREMENTAL")
-        db.execute("PRAGMA locking_mode=EXCLUSIVE")  # no shared-memory file, which the kernel would write to the card
+        # First of all: no shared-memory file, which the kernel would write to the card, and a full one has no room for.
+        db.execute("PRAGMA locking_mode=EXCLUSIVE")
+        if not db.execute("PRAGMA page_count").fetchone()[0]:
+            # These count only before the first table is made; later the second one would write at each opening.
+            db.execute(f"PRAGMA page_size={PAGE_BYTES}")
+            db.execute("PRAGMA auto_vacuum=INCREMENTAL")
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
         db.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
