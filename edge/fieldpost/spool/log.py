@@ -689,7 +689,9 @@ def connect(path: Path) -> sqlite3.Connection:
             # These count only before the first table is made; later the second one would write at each opening.
             db.execute(f"PRAGMA page_size={PAGE_BYTES}")
             db.execute("PRAGMA auto_vacuum=INCREMENTAL")
-        db.execute("PRAGMA journal_mode=WAL")
+        (mode,) = db.execute("PRAGMA journal_mode=WAL").fetchone()
+        if mode != "wal":  # it failed, and SQLite says so only in this way
+            raise sqlite3.OperationalError("no write-ahead log can be made")
         db.execute("PRAGMA synchronous=FULL")
         db.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
         db.execute("PRAGMA cell_size_check=ON")
