@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fieldpost
+import msgspec
 import pytest
+from faults.recording import Call, read_trace, recorder
 from fieldpost.config import Config, parse
 from fieldpost.errors import SpoolFault
 from fieldpost.forward import Pause, Route
@@ -20,7 +26,7 @@ from fieldpost.ingest import Ingest
 from fieldpost.mqtt import Incoming
 from fieldpost.nodes.presence import Presence
 from fieldpost.nodes.time import Dating
-from fieldpost.reading import Reading
+from fieldpost.reading import Event, Quality, Reading
 from fieldpost.spool import LaneName, RouteTerms, Spool
 from fieldpost.uplinks.memory import MemoryUplink
 from parts import HASH, until_async
@@ -155,6 +161,47 @@ async def test_below_the_floor_of_free_disk_nothing_more_is_taken(tmp_path: Path
 
 # The card.
 
+RECORDED = """
+import asyncio, ctypes, sys
+from pathlib import Path
+from spools import readings, spool_in
+
+async def main(folder, trace):
+    recorder = ctypes.CDLL(None)
+    recorder.recorder_begin(folder.encode(), trace.encode())
+    async with spool_in(Path(folder)) as spool:
+        for first in range(0, 50, 10):
+            await spool.until_safe(spool.append(readings(first, first + 10)))
+            recorder.recorder_mark(b"{}", 2)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+"""A spool whose calls are recorded, with a mark wherever readings have just become safe."""
+
+
+def test_what_is_safe_was_synced_to_the_disk_before(tmp_path: Path) -> None:
+    folder, trace = tmp_path / "spool", tmp_path / "trace"
+    folder.mkdir()
+    path = os.pathsep.join([str(Path(fieldpost.__file__).parents[1]), str(Path(__file__).parents[1])])
+    environment = os.environ | {"LD_PRELOAD": str(recorder()), "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", RECORDED, folder, trace], env=environment, check=True)
+    names: dict[int, str] = {}
+    unsynced: set[str] = set()
+    marks, written = 0, 0
+    for event in read_trace(trace):
+        if event.call is Call.OPEN:
+            names[event.fd] = event.path
+        elif event.call is Call.WRITE:
+            unsynced.add(names[event.fd])
+            written += 1
+        elif event.call is Call.FSYNC:
+            unsynced.discard(names[event.fd])
+        elif event.call is Call.MARK:
+            assert not unsynced & {"spool.db", "spool.db-wal"}
+            marks += 1
+    assert marks == 5
+    assert written > marks
+
 
 def fill_up(spool: Spool) -> None:
     """The disk under the spool is full: SQLite gets no page more."""
@@ -213,6 +260,16 @@ async def test_a_batch_that_was_overtaken_by_the_next_ones_confirmation_is_still
         assert sorted(own(await taken(spool))) == [*range(10), *range(20, 30)]
 
 
+async def test_what_was_confirmed_is_not_sent_again_after_a_restart(tmp_path: Path) -> None:
+    async with spool_in(tmp_path) as spool:
+        await spool.until_safe(spool.append(readings(0, 30)))
+        batch = await spool.take("r", "live", 10)
+        assert batch is not None
+        spool.confirm("r", batch)
+    async with spool_in(tmp_path) as spool:
+        assert own(await taken(spool)) == list(range(10, 30))
+
+
 async def test_what_nobody_has_confirmed_is_kept_however_old_it_is(tmp_path: Path) -> None:
     clock = HandClock()
     async with spool_in(tmp_path, "a", "b", clock=clock, keep_ms=1000) as spool:
@@ -221,6 +278,7 @@ async def test_what_nobody_has_confirmed_is_kept_however_old_it_is(tmp_path: Pat
             await confirm_all(spool, "a")
             clock.pass_ms(365 * 24 * HOUR_MS)
             await quiet(spool)
+    async with spool_in(tmp_path, "a", "b", clock=clock) as spool:
         assert own(await taken(spool, "b")) == list(range(30))
 
 
@@ -264,7 +322,7 @@ async def test_a_mark_whose_bits_changed_is_not_believed(tmp_path: Path) -> None
     node, install, boot = KEY
     change(tmp_path, "UPDATE state SET value = x'92ce7fffffff90' WHERE key = ?", f"mark/{node}/{install}/{boot}")
     async with spool_in(tmp_path) as spool:
-        assert spool.upto(KEY) == -1
+        assert spool.upto(KEY) < 5  # nothing that never came is freed, nor refused when it comes
         spool.append(readings(5, 7))
         assert own(await taken(spool)) == list(range(7))
 
@@ -288,6 +346,37 @@ async def test_a_folder_that_cannot_be_used_is_an_error_and_no_spool_in_memory(t
     with pytest.raises(SpoolFault, match="data"):
         async with spool_in(tmp_path / "data"):
             pass
+
+
+async def test_what_is_written_to_a_folder_in_memory_is_not_safe(tmp_path: Path) -> None:
+    memory = Path("/dev/shm") / f"fieldpost-{tmp_path.name}"
+    clock = HandClock()
+    spool = spool_in(memory, clock=clock)
+    spool._settings = replace(spool._settings, trust_card=False)
+    try:
+        async with spool:
+            ticket = spool.append(readings(0, 5))
+            clock.pass_ms(1000)
+            await quiet(spool)
+            assert spool.queue.lanes[LaneName.BULK].committed == 5
+            assert not spool.is_safe(ticket)
+    finally:
+        shutil.rmtree(memory)
+
+
+async def test_at_the_limit_rows_go_and_the_gap_records_of_before_stay(tmp_path: Path) -> None:
+    async with spool_in(tmp_path, max_bytes=60_000, full="drop-oldest") as spool:
+        gaps = [Event("gap", "n2", INSTALL, 1, seq, seq, "dropped by the node") for seq in range(0, 40, 2)]
+        for gap in gaps:
+            spool.report(gap)
+            await spool._commit_all()
+        for first in range(0, 20_000, 500):
+            if "given up" in (await spool.status()).ledger:
+                break
+            await spool.until_safe(spool.append(incompressible(first, first + 500)))
+        found = [one.event for one in await taken(spool) if one.event is not None]
+        assert found[: len(gaps)] == gaps
+        assert {event.why for event in found[len(gaps) :]} == {"given up: max_bytes"}
 
 
 # Time.
@@ -355,19 +444,30 @@ async def test_a_keep_of_an_hour_is_an_hour(tmp_path: Path) -> None:
         assert await stored() == 2  # the third came, the first went
 
 
+async def test_a_date_that_was_right_stays_when_its_neighbours_are_corrected(tmp_path: Path) -> None:
+    clock = HandClock(unix=1_600_000_000_000, synced=False)
+    async with spool_in(tmp_path, clock=clock) as spool:
+        eras = [spool.era]
+        for step_ms in (24 * HOUR_MS, 5_000):  # the clock is set, and set right once more by five seconds
+            clock.unix, clock.synced = clock.unix + step_ms, True
+            spool.observe_clock()
+            eras.append(spool.era)
+        spool.append([reading(seq, era=era) for seq, era in enumerate(eras)])
+        moved = [(one.time_ms - reading(one.seq).time_ms, one.quality) for one in await taken(spool)]
+    assert moved == [(24 * HOUR_MS + 5_000, Quality.CORRECTED), (0, Quality.SYNCED), (0, Quality.SYNCED)]
+
+
 async def test_the_order_is_that_in_which_readings_were_taken_whatever_the_clock_said(tmp_path: Path) -> None:
     async with spool_in(tmp_path) as spool:
         for first, day in ((0, 3), (5, 1), (10, 2)):
-            some = [replace_time(one, day * 24 * HOUR_MS) for one in readings(first, first + 5)]
-            await spool.until_safe(spool.append(some))
+            dated = [replace_date(one, day * 24 * HOUR_MS) for one in readings(first, first + 5)]
+            await spool.until_safe(spool.append(dated))
     async with spool_in(tmp_path) as spool:
-        found = await taken(spool)
-        assert own(found) == list(range(15))
-        assert len(found) == 15
+        assert [one.seq for one in await taken(spool)] == list(range(15))
 
 
-def replace_time(one: Reading, by_ms: int) -> Reading:
-    return Reading(one.node, one.install, one.boot, one.seq, one.uptime_ms, one.time_ms + by_ms, 0, one.manifest, (1,))
+def replace_date(one: Reading, by_ms: int) -> Reading:
+    return msgspec.structs.replace(one, time_ms=one.time_ms + by_ms)
 
 
 # What goes out.
