@@ -39,6 +39,7 @@ class Session:
         self._published = []
         self._missing = False
         self._rewound_ms = 0
+        self._ack_wait_s = settings.ack_wait_s
         self._rewind_wait_ms = settings.ack_wait_s * 1000
         self._waiting_since_ms = 0
         self._pinged_ms = 0
@@ -127,13 +128,15 @@ class Session:
         while self._came:
             topic, payload = self._came.pop(0)
             if topic == wire.GATEWAY_STATE:
-                self._take_gateway_state(wire.parse_gateway_state(payload))
+                self._take_gateway_state(*wire.parse_gateway_state(payload))
             elif topic == wire.GATEWAY_TIME:
                 self._take_time(wire.parse_time(payload))
             elif topic == wire.topic(self._settings.node, "ack"):
                 self._take_ack(wire.parse_ack(payload))
 
-    def _take_gateway_state(self, st):
+    def _take_gateway_state(self, st, ack_within_s):
+        self._ack_wait_s = max(self._settings.ack_wait_s, ack_within_s)
+        self._rewind_wait_ms = max(self._rewind_wait_ms, self._ack_wait_s * 1000)
         if st == "up" and self._gateway_state != "up":
             self._rewind()
         if st != self._gateway_state:
@@ -169,7 +172,7 @@ class Session:
             return
         self._missing = False
         self._sent = max(self._sent, to)
-        self._rewind_wait_ms = self._settings.ack_wait_s * 1000
+        self._rewind_wait_ms = self._ack_wait_s * 1000
         self._waiting_since_ms = self._clock.uptime_ms()
 
     # What goes.

@@ -69,12 +69,18 @@ def parse_ack(payload):
 
 
 def parse_gateway_state(payload):
-    """`up`, `full` or `lost`; anything else counts as lost."""
+    """(`up`, `full` or `lost`, within how many seconds an ack is to be expected: 0 where it does not say).
+
+    Anything else counts as lost.
+    """
     try:
-        st = json.loads(payload)["st"]
-    except (ValueError, TypeError, KeyError):
-        return "lost"
-    return st if st in ("up", "full") else "lost"
+        told = json.loads(payload)
+        st, within_s = told["st"], told.get("w", 0)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return "lost", 0
+    if st not in ("up", "full"):
+        return "lost", 0
+    return st, within_s if isinstance(within_s, int) and 0 <= within_s <= 3600 else 0
 
 
 def parse_time(payload):

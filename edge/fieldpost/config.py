@@ -75,19 +75,24 @@ class UplinkConfig:
     declare: bool = True
     timeout_s: float = 15.0
     durable: str = "auto"
+    heartbeat_s: int = 20
 
 
 @dataclass(frozen=True, slots=True)
 class RouteConfig:
     """Which uplink gets the readings, in batches of what size. `id` is where its progress is kept; never change it.
 
-    `ttl_s`: older readings are not sent any more; 0: never. The paces hold for history after an outage; 0: none.
+    `form`: what a message looks like. `gather_s`: how long a fresh reading may wait for others; 0: an idle uplink gets
+    each at once. `ttl_s`: older readings are not sent any more; 0: never. The paces hold for history after an outage;
+    0: none.
     """
 
     id: str
     uplink: str
     batch_readings: int
     window: int
+    form: str = "senml"
+    gather_s: float = 0.0
     ttl_s: float = 0.0
     backfill_readings_per_s: float = 0.0
     backfill_bytes_per_s: float = 0.0
@@ -241,6 +246,7 @@ def _uplink(table: _Table, gateway: str) -> UplinkConfig:
         declare=table.flag("declare", True) if kind == "amqp" else True,
         timeout_s=table.number("timeout_s", 15.0, 0.5, 300.0),
         durable=_durable(table) if kind == "amqp" else "no",
+        heartbeat_s=int(table.number("heartbeat_s", 20 if kind == "amqp" else 30, 5, 3600)),
     )
     table.done()
     return config
@@ -271,6 +277,8 @@ def _route(table: _Table, uplinks: list[str]) -> RouteConfig:
         uplink=table.text("uplink", None),
         batch_readings=int(table.number("batch_readings", 500, 1, 10_000)),
         window=int(table.number("window", 8, 1, 100)),
+        form=table.choice("form", "senml", ["senml", "columns"]),
+        gather_s=table.duration("gather", "0"),
         ttl_s=table.duration("ttl", "0"),
         backfill_readings_per_s=table.number("backfill_readings_per_s", 0.0, 0.0, 1e9),
         backfill_bytes_per_s=table.number("backfill_bytes_per_s", 0.0, 0.0, 1e9),

@@ -102,6 +102,7 @@ class Route:
         self._windows: dict[Kind, deque[_InFlight]] = {"urgent": deque(), "live": deque(), "backfill": deque()}
         self._paces = (Pace(config.backfill_readings_per_s), Pace(config.backfill_bytes_per_s))
         self._pause = Pause()
+        self._gathering_since: float | None = None
         self._lost_at: float | None = None
         self._confirmed = self._messages = self._bytes = self._set_aside = 0
         self._rate: deque[tuple[float, int]] = deque()
@@ -145,7 +146,12 @@ class Route:
         flying = sum(len(w) for w in self._windows.values())
         if urgent > 0 and (not self._windows["urgent"] or urgent >= whole) and flying < window + 1:
             return "urgent"
-        if live > 0 and flying < window and (not self._windows["live"] or live >= whole):
+        if live == 0:
+            self._gathering_since = None
+        elif self._gathering_since is None:
+            self._gathering_since = time.monotonic()
+        is_due = live >= whole or not (self._windows["live"] or self._gather_s())
+        if live > 0 and flying < window and is_due:
             if live < whole and self._rate_now() > GATHER_ABOVE_PER_S:
                 # At thousands a second a message for each handful costs more than these few milliseconds.
                 await asyncio.sleep(GATHER_S)
@@ -155,11 +161,19 @@ class Route:
             return "backfill"
         return None
 
+    def _gather_s(self) -> float:
+        """How long fresh readings still wait for others."""
+        if self._gathering_since is None:
+            return 0.0
+        return max(0.0, self._gathering_since + self.config.gather_s - time.monotonic())
+
     async def _send(self, kind: Kind) -> None:
         batch = await self._spool.take(self.config.id, kind, self.config.batch_readings)
         if batch is None:
             return
-        if kind == "backfill":
+        if kind == "live":
+            self._gathering_since = None
+        elif kind == "backfill":
             self._paces[0].spend(len(batch.readings))
         delivery = asyncio.create_task(self._deliver(batch), name=f"deliver {self.config.id}")
         self._windows[kind].append(_InFlight(batch, delivery))
@@ -169,7 +183,8 @@ class Route:
         """Returns the bytes of the message, once it is confirmed."""
         if not batch.readings:
             return 0
-        sent = message(batch.readings, self._manifests, lane="" if batch.kind == "live" else batch.kind)
+        lane = "" if batch.kind == "live" else batch.kind
+        sent = message(batch.readings, self._manifests, lane, self.config.form)
         if batch.kind == "backfill":
             self._paces[1].spend(len(sent.body))
         await self._uplink.deliver(sent)
@@ -199,8 +214,8 @@ class Route:
         if flying <= self.config.window:
             news = asyncio.ensure_future(self._spool.news())
             waits.append(news)
-        paced = [pace.wait_s() for pace in self._paces if pace.wait_s()]
-        timeout = min(LOOK_EVERY_S, max(paced, default=LOOK_EVERY_S))
+        paced = max(pace.wait_s() for pace in self._paces)
+        timeout = min(LOOK_EVERY_S, paced or LOOK_EVERY_S, self._gather_s() or LOOK_EVERY_S)
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED, timeout=timeout)
         finally:
@@ -246,7 +261,7 @@ class Route:
 
     async def deliver_again(self, reading: Reading) -> None:
         """Try a reading once more that was set aside. Raises Unreachable or Rejected."""
-        await self._uplink.deliver(message([reading], self._manifests, lane="backfill"))
+        await self._uplink.deliver(message([reading], self._manifests, "backfill", self.config.form))
 
     async def _let_go(self) -> None:
         """Whatever was on its way counts as not delivered: it is sent again, with the same ids."""

@@ -86,7 +86,10 @@ def _spool_settings(config: Config) -> SpoolSettings:
 
 
 def _route_terms(config: Config) -> list[RouteTerms]:
-    return [RouteTerms(route.id, route.batch_readings, round(route.ttl_s * 1000)) for route in config.routes]
+    return [
+        RouteTerms(route.id, route.batch_readings, round(route.ttl_s * 1000), round(route.gather_s * 1000))
+        for route in config.routes
+    ]
 
 
 def _uplink(config: Config, name: str) -> uplinks.Uplink:

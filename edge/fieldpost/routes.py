@@ -6,7 +6,7 @@ import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 
-from .forms import senml
+from .forms import FORMS
 from .reading import Manifest, Reading
 from .uplinks.base import Message
 
@@ -14,13 +14,15 @@ COMPRESS_FROM_BYTES = 120
 """Below this zlib's dictionary has nothing to work with and the result is longer."""
 
 
-def message(readings: Sequence[Reading], manifests: Mapping[str, Manifest], lane: str = "") -> Message:
+def message(
+    readings: Sequence[Reading], manifests: Mapping[str, Manifest], lane: str = "", form: str = "senml"
+) -> Message:
     """The message for a batch; the same batch gives the same id. `lane`: what it is when it is not live."""
-    body = senml.encode(readings, manifests, lane)
+    body = FORMS[form].encode(readings, manifests, lane)
     encoding = ""
     if len(body) >= COMPRESS_FROM_BYTES:
         body, encoding = zlib.compress(body, 6), "deflate"
-    return Message(message_id(readings), body, senml.CONTENT_TYPE, encoding, len(readings))
+    return Message(message_id(readings), body, FORMS[form].CONTENT_TYPE, encoding, len(readings))
 
 
 def message_id(readings: Sequence[Reading]) -> str:

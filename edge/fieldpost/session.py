@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 
 from . import wire
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 TIME_EVERY_S = 30.0
 CLOCK_EVERY_S = 1.0
 ROOM_EVERY_S = 0.25
+USUAL_ACK_S = 25
+"""Nodes send again after 30 s without an ack, unless they are told that it may take longer."""
+
 PRECISION_MS = 20
 """What the way from our clock to a node's may add to the time that we publish."""
 
@@ -135,7 +139,7 @@ class Session:
         if control is None:
             return
         control.acknowledge(message.mid)
-        said = wire.encode_gateway_state(self.state)
+        said = self._said(self.state)
         if self.state != "lost" and message.payload != said and not message.retained:
             control.publish(wire.GATEWAY_STATE, said, retain=True)
 
@@ -174,12 +178,16 @@ class Session:
         while True:
             state = self._room_state(told)
             if state != told:
-                control.publish(wire.GATEWAY_STATE, wire.encode_gateway_state(state), retain=True)
+                control.publish(wire.GATEWAY_STATE, self._said(state), retain=True)
                 self.state = told = state
                 log.info(
                     "taking readings" if state == "up" else "the spool has no room: nodes hold on to their readings"
                 )
             await asyncio.sleep(ROOM_EVERY_S)
+
+    def _said(self, state: str) -> bytes:
+        within_s = math.ceil(self._spool.safe_within_s)
+        return wire.encode_gateway_state(state, within_s + 5 if state == "up" and within_s > USUAL_ACK_S else 0)
 
     def _room_state(self, told: str) -> str:
         """Full below a tenth of the stage, up again from a half: it should not flutter."""

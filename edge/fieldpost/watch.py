@@ -6,8 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from .errors import Malformed
-from .forms import senml
-from .forms.senml import Arrived
+from .forms import Arrived, decode
 from .spool.marks import BootMarks
 
 HISTORY = 30
@@ -59,7 +58,7 @@ class Tally:
         """Count a message; returns its rows, each with whether it is a repeat. One that is no pack is counted."""
         self.bytes += len(body)
         try:
-            rows = list(senml.decode(body))
+            rows = list(decode(body))
         except Malformed:
             self.malformed += 1
             return []

@@ -178,9 +178,9 @@ GATEWAY_STATE = f"{ROOT}/gateway/state"
 GATEWAY_TIME = f"{ROOT}/gateway/time"
 
 
-def encode_gateway_state(st: str) -> bytes:
-    """`up`, `full` or `lost`."""
-    return msgspec.json.encode({"st": st})
+def encode_gateway_state(st: str, ack_within_s: int = 0) -> bytes:
+    """`up`, `full` or `lost`; and, where it is longer than a node expects, how long an ack may take."""
+    return msgspec.json.encode({"st": st, "w": ack_within_s} if ack_within_s else {"st": st})
 
 
 def encode_time(unix_ms: int, precision_ms: int, synchronised: bool) -> bytes:

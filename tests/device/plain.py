@@ -64,13 +64,13 @@ def test_golden_messages_of_the_gateway_are_understood(folder, golden):
     for case in golden["ack"]:
         assert wire.parse_ack(case["payload"].encode()) == (case["install"], case["boot"], case["seq"])
     for case in golden["gateway_state"]:
-        assert wire.parse_gateway_state(case["payload"].encode()) == case["st"]
+        assert wire.parse_gateway_state(case["payload"].encode()) == (case["st"], case.get("ack_within_s", 0))
     for case in golden["time"]:
         assert wire.parse_time(case["payload"].encode()) == (case["unix_ms"], case["precision_ms"])
     for bad in (b"", b"\xff", b"[]", b"{}", b"[1,2]", b'["a",1,"b"]', b"null", b"7"):
         assert wire.parse_ack(bad) is None
         assert wire.parse_time(bad) is None
-        assert wire.parse_gateway_state(bad) == "lost"
+        assert wire.parse_gateway_state(bad) == ("lost", 0)
 
 
 def test_rows_come_out_oldest_first_and_only_ack_frees(folder, golden):

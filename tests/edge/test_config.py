@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,31 @@ def test_the_example_that_explains_every_setting_is_right(tmp_path: Path) -> Non
     assert [uplink.kind for uplink in config.uplinks] == ["amqp", "mqtt"]
     assert config.uplinks[0].password == "s3cret"
     assert "s3cret" not in repr(config)
+
+
+def test_every_setting_is_explained_in_the_example() -> None:
+    example = (REPO / "deploy" / "gateway.toml").read_text()
+    settings = set(re.findall(r'table\.\w+\("(\w+)"', (REPO / "edge/fieldpost/config.py").read_text()))
+    assert len(settings) > 40
+    assert [name for name in sorted(settings) if not re.search(rf"^(# )?{name} = ", example, re.MULTILINE)] == []
+
+
+def test_the_example_shows_the_defaults() -> None:
+    example = tomllib.loads((REPO / "deploy" / "gateway.toml").read_text())
+    plain = {
+        "uplinks": [{"name": "plant", "kind": "mqtt", "url": "mqtt://h"}],
+        "routes": [{"id": "r", "uplink": "plant"}],
+    }
+    shown = parse({"spool": example["spool"], "broker": example["broker"], **plain}, Path("/"))
+    route = {
+        "id": "r",
+        "uplink": "plant",
+        **{k: v for k, v in example["routes"][0].items() if k not in ("id", "uplink")},
+    }
+    with_route = parse({**plain, "routes": [route]}, Path("/"))
+    default = parse(plain, Path("/"))
+    assert (shown.spool, shown.broker) == (default.spool, default.broker)
+    assert with_route.routes == default.routes
 
 
 def test_an_empty_file_is_a_gateway_on_loopback() -> None:

@@ -127,6 +127,25 @@ async def test_history_goes_at_the_pace_that_is_set(tmp_path: Path) -> None:
         await until_async(lambda: len(uplink.delivered) == 3, "and history goes on")
 
 
+async def test_a_route_that_gathers_waits_for_a_whole_batch_or_its_time_but_not_with_urgent_ones(
+    tmp_path: Path,
+) -> None:
+    uplink = MemoryUplink()
+    async with carrying(tmp_path, uplink, gather_s=0.4) as (spool, _):
+        await until_async(lambda: uplink.opened, "the uplink is there")
+        spool.append(readings(0, 4), urgent={2})
+        await until_async(lambda: uplink.delivered, "the urgent one")
+        assert seqs(uplink.delivered) == [2]
+        spool.append(readings(4, 5))
+        await until_async(lambda: len(uplink.delivered) == 2, "what has gathered in its time")
+        assert seqs(uplink.delivered[1:]) == [0, 1, 3, 4]
+        spool.append(readings(5, 15))
+        spool.append([reading(15)])
+        await until_async(lambda: len(uplink.delivered) == 3, "a whole batch goes at once")
+        assert seqs(uplink.delivered[2:]) == list(range(5, 15))
+        await until_async(lambda: len(uplink.delivered) == 4, "and the rest in its time")
+
+
 async def test_one_dead_uplink_never_slows_another(tmp_path: Path) -> None:
     dead, alive = MemoryUplink(), MemoryUplink()
     dead.unreachable = "no line"

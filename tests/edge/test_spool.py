@@ -121,6 +121,23 @@ async def test_what_a_durable_uplink_has_confirmed_is_safe_and_not_written_at_on
         assert (await spool.status()).stored == 10
 
 
+@pytest.mark.parametrize(("durable", "after_ms"), [(True, 35_000), (False, 1000)])
+async def test_what_a_route_gathers_for_uplinks_that_keep_it_is_not_written_meanwhile(
+    tmp_path: Path, durable: bool, after_ms: int
+) -> None:
+    clock = HandClock()
+    async with spool_in(tmp_path, RouteTerms("r", gather_ms=30_000), clock=clock, linger_ms=1000) as spool:
+        assert spool.safe_within_s == 35
+        spool.link("r", up=True, durable=durable)
+        ticket = spool.append(readings(0, 10))
+        clock.pass_ms(after_ms - 1)
+        await quiet(spool)
+        assert not spool.is_safe(ticket)
+        clock.pass_ms(1)
+        await quiet(spool)
+        assert spool.is_safe(ticket)  # nobody has confirmed it in time, so the card keeps it
+
+
 async def test_what_an_uplink_that_forgets_has_confirmed_is_not_safe_before_the_commit(tmp_path: Path) -> None:
     clock = HandClock()
     async with spool_in(tmp_path, "durable", "forgets", clock=clock, linger_ms=1000) as spool:

@@ -85,7 +85,7 @@ def test_what_the_gateway_sends_is_the_golden_message() -> None:
     (ack,) = GOLDEN["ack"]
     assert wire.encode_ack(ack["install"], ack["boot"], ack["seq"]) == ack["payload"].encode()
     for state in GOLDEN["gateway_state"]:
-        assert wire.encode_gateway_state(state["st"]) == state["payload"].encode()
+        assert wire.encode_gateway_state(state["st"], state.get("ack_within_s", 0)) == state["payload"].encode()
     (time,) = GOLDEN["time"]
     assert wire.encode_time(time["unix_ms"], time["precision_ms"], time["synchronised"]) == time["payload"].encode()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from ..forms.senml import Arrived
+from ..forms import Arrived
 from ..upstream import check, consume
 from ..watch import HISTORY, Channel, Tally, sparkline
 

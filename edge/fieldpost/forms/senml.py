@@ -18,25 +18,15 @@ A failed read is a string value under the name `<channel>/fault`, so that it is 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import msgspec
 
 from ..errors import Malformed
 from ..reading import Channel, Event, Manifest, Quality, Reading
+from .arrived import QUALITIES, Arrived, unpacked
 
 CONTENT_TYPE = "application/senml+json"
-
-
-QUALITIES = {
-    Quality.SYNCED: "synced",
-    Quality.ANCHORED: "anchored",
-    Quality.BOUNDED: "bounded",
-    Quality.UNSYNCED: "unsynced",
-    Quality.CORRECTED: "corrected",
-}
 
 
 def encode(readings: Sequence[Reading], manifests: Mapping[str, Manifest], lane: str = "") -> bytes:
@@ -120,27 +110,6 @@ def _text(value: str) -> str:
     return msgspec.json.encode(value).decode()
 
 
-@dataclass(slots=True)
-class Arrived:
-    """A row as somebody upstream sees it. `values` by channel: (value or reason of failure, unit)."""
-
-    node: str
-    install: str
-    boot: int
-    seq: int
-    time_s: float
-    error_s: float
-    values: dict[str, tuple[float | str, str]] = field(default_factory=dict)
-    event: Event | None = None
-    quality: str = "synced"
-    lane: str = ""
-
-    @property
-    def id(self) -> str:
-        """The identity as one word, the same in every repeat."""
-        return f"{self.node}.{self.install}.{self.boot}.{self.seq}"
-
-
 class _Record(msgspec.Struct):
     bn: str | None = None
     bt: float | None = None
@@ -158,19 +127,13 @@ class _Record(msgspec.Struct):
 
 
 _pack = msgspec.json.Decoder(list[_Record])
-MAX_PACK_BYTES = 64 * 1024 * 1024
 
 
 def decode(body: bytes) -> Iterator[Arrived]:
     """The rows of a pack, zlib'd or plain. Raises Malformed where it is not one of ours."""
     try:
-        if not body.startswith(b"["):
-            unpacker = zlib.decompressobj()
-            body = unpacker.decompress(body, MAX_PACK_BYTES)
-            if unpacker.unconsumed_tail:
-                raise Malformed("size", f"more than {MAX_PACK_BYTES} bytes")
-        records = _pack.decode(body)
-    except (msgspec.MsgspecError, zlib.error) as error:
+        records = _pack.decode(unpacked(body))
+    except msgspec.MsgspecError as error:
         raise Malformed("senml", str(error)) from None
     node, install, boot, time_s, error_s = "", "", 0, 0.0, 0.0
     quality, lane = "synced", ""

@@ -24,7 +24,7 @@ from .figures import Figures, RouteBacklog, SpoolStatus
 from .log import Piece, Refused
 from .marks import Key
 from .progress import Flight, Span
-from .queue import Limits, Queue, RouteTerms, Terms, Ticket
+from .queue import GATHERED_GRACE_MS, Limits, Queue, RouteTerms, Terms, Ticket
 from .repair import Report, verify
 from .retention import Retention
 from .stage import LaneName
@@ -174,6 +174,12 @@ class Spool:
     def room(self) -> int:
         """How many readings may be appended now; 0 while the spool is full or the card fails."""
         return 0 if self._trouble else self.queue.room
+
+    @property
+    def safe_within_s(self) -> float:
+        """How long it may take until what is appended now is safe, if all goes well."""
+        gathered = max((route.gather_ms for route in self._routes), default=0)
+        return max(self._settings.terms.linger_ms, gathered and gathered + GATHERED_GRACE_MS) / 1000
 
     def append(self, readings: Iterable[Reading], urgent: Collection[int] = ()) -> Ticket:
         """Take readings that are new by identity; those whose seq is in `urgent` overtake the others.

@@ -33,6 +33,9 @@ LAZY_MS = 900_000
 """How long what is safe upstream, or need only be noted, may wait to be written: it costs nothing but a replay, or
 repeats with the same id after a crash."""
 
+GATHERED_GRACE_MS = 5_000
+"""What the far side may take to confirm what a route has gathered."""
+
 NOBODY = ""
 """The id under which the progress is kept while there is no route."""
 
@@ -48,11 +51,13 @@ SAVE_PROGRESS_EVERY = 20_000
 
 @dataclass(frozen=True, slots=True)
 class RouteTerms:
-    """What the spool knows of a route. `ttl_ms`: readings older than this are not sent any more; 0: never."""
+    """What the spool knows of a route. `ttl_ms`: readings older than this are not sent any more; 0: never.
+    `gather_ms`: fresh readings may wait so long for others before they are sent."""
 
     id: str
     batch_readings: int = 500
     ttl_ms: int = 0
+    gather_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,8 +339,7 @@ class Queue:
         for lane in self.lanes.values():
             unwritten = self._unwritten(lane)
             if unwritten < lane.head:
-                linger = self.terms.linger_ms if lane.name is LaneName.BULK else self.terms.event_linger_ms
-                due.append(lane.taken_ms(unwritten) + linger)
+                due.append(lane.taken_ms(unwritten) + self.linger_ms(lane.name))
                 if self._at_once:
                     due.append(now)
             elif lane.committed < lane.head:
@@ -351,6 +355,16 @@ class Queue:
         if self._confirmed_unsaved >= SAVE_PROGRESS_EVERY:
             due.append(now)
         return min(due, default=None)
+
+    def linger_ms(self, name: LaneName) -> int:
+        """How long a reading may wait to be written. What a route gathers for uplinks that keep it is on its way to a
+        safe place: its nodes hold on to it so much longer, and it need not be written meanwhile."""
+        if name is LaneName.URGENT:
+            return self.terms.event_linger_ms
+        gathered = max((route.gather_ms for route in self.routes.values()), default=0)
+        if gathered and self.terms.write == "when-needed" and all(link.durable for link in self.links.values()):
+            return max(self.terms.linger_ms, gathered + GATHERED_GRACE_MS)
+        return self.terms.linger_ms
 
     def _presses(self) -> bool:
         return bool(self._work.ledger or self._work.refused or self._work.deleted)

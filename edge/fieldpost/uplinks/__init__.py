@@ -25,6 +25,7 @@ def make(config: UplinkConfig, client_id: str) -> Uplink:
                 queue_type=config.queue_type,
                 durable=config.durable,
                 timeout_s=config.timeout_s,
+                heartbeat_s=config.heartbeat_s,
             )
         )
     from .mqtt import MqttSettings, MqttUplink
@@ -38,5 +39,6 @@ def make(config: UplinkConfig, client_id: str) -> Uplink:
             topic=config.topic,
             version=config.version,
             timeout_s=config.timeout_s,
+            keepalive_s=config.heartbeat_s,
         )
     )
