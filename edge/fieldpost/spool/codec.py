@@ -17,6 +17,19 @@ from ..reading import Event, Reading, Value
 
 VERSION = 2
 
+NOT_A_BATCH = (
+    zlib.error,
+    msgspec.MsgspecError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    StopIteration,
+    TypeError,
+    ValueError,
+)
+"""What comes of taking foreign bytes for a batch."""
+
 _encoder = msgspec.msgpack.Encoder()
 _events = msgspec.msgpack.Decoder(list[tuple[int, Event]])
 _old = msgspec.msgpack.Decoder(list[Reading])
@@ -56,7 +69,7 @@ def decode(body: bytes) -> list[Reading]:
         readings = [next(rows[number]) for number, count in runs for _ in range(count)]
         for at, event in _events.decode(_encoder.encode(events)) if events else ():
             readings[at] = msgspec.structs.replace(readings[at], event=event)
-    except (zlib.error, msgspec.MsgspecError, ValueError, TypeError, IndexError, StopIteration, RuntimeError) as error:
+    except NOT_A_BATCH as error:
         raise ValueError(str(error)) from error
     return readings
 
