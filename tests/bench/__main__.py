@@ -14,10 +14,10 @@ import sys
 import time
 from pathlib import Path
 
-from . import farm, rate, report
+from . import card, farm, rate, report
 
 HERE = Path(__file__).parent
-TOPICS = {"farm": farm, "rate": rate}
+TOPICS = {"farm": farm, "card": card, "rate": rate}
 
 
 def main() -> None:

@@ -41,9 +41,11 @@ class Publisher:
         self._reader: asyncio.StreamReader
         self._writer: asyncio.StreamWriter
 
-    async def connect(self, port: int, client_id: str, user: str = "", password: str = "") -> None:
+    async def connect(
+        self, port: int, client_id: str, user: str = "", password: str = "", *, clean: bool = True
+    ) -> None:
         self._reader, self._writer = await asyncio.open_connection("127.0.0.1", port)
-        flags = 0x02 | (0xC0 if user else 0)
+        flags = (0x02 if clean else 0) | (0xC0 if user else 0)
         login = text(user.encode()) + text(password.encode()) if user else b""
         self._writer.write(packet(0x10, text(b"MQTT") + bytes([4, flags, 0, 60]) + text(client_id.encode()) + login))
         connack = await self._reader.readexactly(4)
