@@ -37,11 +37,14 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Debian starts both as services, which the tests do not use: they start their own on free ports.
+# Debian starts both as services, which the tests do not use: they start their own on free ports. A C compiler makes
+# the shims that fail system calls and hold clocks.
 servers:
-	@if ! command -v mosquitto >/dev/null && ! [ -x /usr/sbin/mosquitto ] || ! [ -x /usr/sbin/rabbitmq-server ]; then \
+	@if ! command -v mosquitto >/dev/null && ! [ -x /usr/sbin/mosquitto ] || ! [ -x /usr/sbin/rabbitmq-server ] \
+	  || ! command -v cc >/dev/null || ! [ -e /usr/include/stdio.h ]; then \
 	  set -x; $(SUDO) apt-get update -qq && \
-	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends mosquitto rabbitmq-server iproute2; \
+	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	    mosquitto rabbitmq-server iproute2 gcc libc6-dev; \
 	fi
 
 $(VENV)/bin/pip:
