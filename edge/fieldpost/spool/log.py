@@ -565,7 +565,8 @@ class Log:
         """Move a damaged batch aside; returns who was in it, as far as that can be told."""
         with self._guard(), self._transaction() as db:
             self._set_aside_row(db, "batch", row)
-            db.execute(self._sql["delete_batch"], (row[0],))
+            if db.execute(self._sql["delete_batch"], (row[0],)).rowcount != 1:
+                raise sqlite3.DatabaseError(f"no way leads to the row at {row[0]}")
         log.error("%s: a batch of %s readings is damaged on the card; set aside", self.path, row[2])
         return ids_in(row[8])
 
