@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ import msgspec
 import pytest
 from faults.recording import Call, read_trace, recorder
 from fieldpost.config import Config, parse
-from fieldpost.errors import SpoolFault
+from fieldpost.errors import SpoolFault, Unreachable
 from fieldpost.forward import Pause, Route
 from fieldpost.gateway import _route_terms, _spool_settings
 from fieldpost.ingest import Ingest
@@ -28,7 +29,9 @@ from fieldpost.nodes.presence import Presence
 from fieldpost.nodes.time import Dating
 from fieldpost.reading import Event, Quality, Reading
 from fieldpost.spool import LaneName, RouteTerms, Spool
+from fieldpost.uplinks.base import Message
 from fieldpost.uplinks.memory import MemoryUplink
+from fieldpost.uplinks.mqtt import MqttSettings, MqttUplink
 from parts import HASH, until_async
 from parts import MANIFEST as MANIFEST_JSON
 from spools import (
@@ -316,14 +319,14 @@ async def test_a_batch_is_not_believed_when_anything_in_its_row_was_changed(tmp_
         assert gaps[0].startswith("damaged on the card")
 
 
-async def test_a_mark_whose_bits_changed_is_not_believed(tmp_path: Path) -> None:
+async def test_a_mark_whose_bits_changed_is_not_believed_and_no_row_is_taken_twice(tmp_path: Path) -> None:
     async with spool_in(tmp_path) as spool:
         await spool.until_safe(spool.append(readings(0, 5)))
     node, install, boot = KEY
     change(tmp_path, "UPDATE state SET value = x'92ce7fffffff90' WHERE key = ?", f"mark/{node}/{install}/{boot}")
     async with spool_in(tmp_path) as spool:
         assert spool.upto(KEY) < 5  # nothing that never came is freed, nor refused when it comes
-        spool.append(readings(5, 7))
+        spool.append(readings(0, 7))
         assert own(await taken(spool)) == list(range(7))
 
 
@@ -506,3 +509,41 @@ async def test_an_uplink_that_comes_back_after_many_attempts_gets_everything(tmp
         carrier.cancel()
         await asyncio.gather(carrier, return_exceptions=True)
     assert sum(message.readings for message in uplink.delivered) == 25
+
+
+CONNECT, PINGREQ = 1, 12
+ANSWERS = {CONNECT: b"\x20\x03\x00\x00\x00", PINGREQ: b"\xd0\x00"}
+
+
+async def hard_of_hearing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """A broker (MQTT 5) that takes everything, answers pings, and acknowledges no message."""
+    with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+        while True:
+            (kind,) = await reader.readexactly(1)
+            length, shift, more = 0, 0, True
+            while more:
+                (part,) = await reader.readexactly(1)
+                length, shift, more = length | (part & 0x7F) << shift, shift + 7, part >= 0x80
+            await reader.readexactly(length)
+            writer.write(ANSWERS.get(kind >> 4, b""))
+
+
+async def test_a_confirmation_that_never_comes_is_not_awaited_for_ever() -> None:
+    ended = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await hard_of_hearing(reader, writer)
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+        ended.set()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        uplink = MqttUplink(MqttSettings(f"mqtt://127.0.0.1:{port}", timeout_s=0.5))
+        await uplink.open()
+        async with asyncio.timeout(10):
+            with pytest.raises(Unreachable, match="no acknowledgement within"):
+                await uplink.deliver(Message("n1.1", b"{}", "application/senml+json", "", 1))
+        await uplink.close()
+        await ended.wait()

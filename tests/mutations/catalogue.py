@@ -399,7 +399,19 @@ CATALOGUE = (
                 "            if not isinstance(value, bytes):\n                log",
             ),
         ),
-        (TEST_MUSEUM + "test_a_mark_whose_bits_changed_is_not_believed",),
+        (TEST_MUSEUM + "test_a_mark_whose_bits_changed_is_not_believed_and_no_row_is_taken_twice",),
+    ),
+    Mutation(
+        "marks-lost-with-their-entry",
+        "One damaged entry, and everything that a node sends again is taken for new.",
+        (
+            Edit(
+                SPOOL + "repair.py",
+                "                marks.take((node, install, boot), first, last)\n",
+                "                pass\n",
+            ),
+        ),
+        (TEST_MUSEUM + "test_a_mark_whose_bits_changed_is_not_believed_and_no_row_is_taken_twice",),
     ),
     Mutation(
         "memory-instead-of-the-card-at-the-start",
@@ -525,6 +537,18 @@ CATALOGUE = (
         ),
         (TEST_MUSEUM + "test_an_uplink_that_comes_back_after_many_attempts_gets_everything",),
         "give up after N tries",
+    ),
+    Mutation(
+        "confirmation-awaited-for-ever",
+        "pika#1332, mosquitto#2176: one PUBACK that never comes, and a bridge that runs and does not move.",
+        (
+            Edit(
+                FIELDPOST + "uplinks/mqtt.py",
+                "            async with asyncio.timeout(seconds):\n                answer = await waiter",
+                "            async with asyncio.timeout(None):\n                answer = await waiter",
+            ),
+        ),
+        (TEST_MUSEUM + "test_a_confirmation_that_never_comes_is_not_awaited_for_ever",),
     ),
     Mutation(
         "backfill-before-live",
