@@ -14,10 +14,10 @@ import sys
 import time
 from pathlib import Path
 
-from . import card, farm, rate, report
+from . import backlog, card, drain, farm, rate, report
 
 HERE = Path(__file__).parent
-TOPICS = {"farm": farm, "card": card, "rate": rate}
+TOPICS = {"farm": farm, "card": card, "rate": rate, "backlog": backlog, "drain": drain}
 
 
 def main() -> None:

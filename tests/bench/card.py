@@ -13,7 +13,7 @@ from servers import Mosquitto, shared_rabbitmq
 from .gateway import Bench, route, to_nobody, to_rabbitmq
 from .load import STATION, Node, Publisher, Walk, manifest
 from .meters import Disk, folder_bytes, scratch
-from .report import Figure, figures, section, table
+from .report import Figure, figures, prose, section, table
 
 TITLE = "bytes that reach the disk for a reading of 120 bytes, at 50 a second"
 NODES = 20
@@ -151,10 +151,12 @@ async def run(quick: bool) -> str:
         "",
         *table(COLUMNS, rows),
         "",
-        f"{NODES} nodes, ten channels a reading, {seconds} s (mosquitto: {seconds // 5} s, for what it writes grows",
-        "with what it holds). Each system has an ext4 of its own on a loop device; all sectors written to it count, its",
-        "journal included. With the uplink up readings are written late and many at once, so there the figure is all of",
-        "it, a clean end included; with the line down it is that of the rest, when what is there only once is there.",
-        f"Settings: {SPOOL!r}: a node holds on to what is not acknowledged, so a longer linger loses nothing.",
+        *prose(
+            f"""{NODES} nodes, ten channels a reading, {seconds} s (mosquitto: {seconds // 5} s, for what it writes
+            grows with what it holds). Each system has an ext4 of its own on a loop device; all sectors written to it
+            count, its journal included. With the uplink up readings are written late and many at once, so there the
+            figure is all of it, a clean end included; with the line down it is that of the rest. Settings: {SPOOL!r}:
+            a node holds on to what is not acknowledged, so a longer linger loses nothing."""
+        ),
     ]
     return section("card", TITLE, body)

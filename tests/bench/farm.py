@@ -16,7 +16,7 @@ from servers import RabbitMQ, shared_rabbitmq
 from .gateway import Bench, Gate, route, to_nobody, to_rabbitmq
 from .load import CLIMATE, Node, Walk, manifest
 from .meters import Disk, Line, Traffic, cpu_seconds, folder_bytes, scratch
-from .report import Figure, figures, section, table
+from .report import Figure, figures, prose, section, table
 
 TITLE = "ten nodes, three channels, a reading a minute each"
 NODES = 10
@@ -220,6 +220,10 @@ async def run(quick: bool) -> str:
     return section("farm", TITLE, _body(seen, sent, factor))
 
 
+def _said(*settings: str) -> str:
+    return ", ".join(f"`{line}`" for some in settings for line in some.splitlines())
+
+
 def _body(seen: dict[str, Day], sent: Month, factor: float) -> list[str]:
     """The section's lines."""
     per_minute = sent.traffic.ip / sent.minutes
@@ -233,17 +237,22 @@ def _body(seen: dict[str, Day], sent: Month, factor: float) -> list[str]:
         "",
         *table(COLUMNS, [one.row(name) for name, one in seen.items()]),
         "",
-        "**Card.** Gateway and mosquitto have an ext4 of their own on a loop device; all sectors written to it count,",
-        f"its journal included. A day lasts {DAY_S / factor / 60:.0f} minutes: the gateway's clocks run {factor:.0f}",
-        "times as fast. ext4's do not, and what its journal commits every 5 s is a good part of what is written; so",
-        f"the benchmark calls syncfs(2) every {1000 * JOURNAL_S / factor:.0f} ms, which commits the journal (and",
-        "writes what is dirty, sooner than the kernel would) as often a day as ext4 does at the most. In real time,",
-        "scaled to a day, is the check; a clean end's last writes, which a day has once at the most, count many times",
-        "there. Heartbeats are left out of the fast day, RabbitMQ's clock being a slow one.",
+        *prose(
+            f"""**Card.** Gateway and mosquitto have an ext4 of their own on a loop device; all sectors written to it
+            count, its journal included. A day lasts {DAY_S / factor / 60:.0f} minutes: the gateway's clocks run
+            {factor:.0f} times as fast. ext4's do not, and what its journal commits every 5 s is a good part of what is
+            written; so the benchmark calls syncfs(2) every {1000 * JOURNAL_S / factor:.0f} ms, which commits the
+            journal (and writes what is dirty, sooner than the kernel would) as often a day as ext4 does at the most.
+            The same in real time, scaled to a day, is the check; a clean end's last writes, which a day has once at
+            the most, count many times there. Heartbeats are left out of the fast day, RabbitMQ's clock being a slow
+            one. Settings: {_said(ROUTE, SPOOL)}."""
+        ),
         "",
-        f"**Line.** {sent.minutes:.0f} minutes in real time to RabbitMQ with TLS, counted at the IP layer on loopback,",
-        f"both ways: {per_minute:,.0f} bytes and {sent.traffic.packets / sent.minutes:.1f} packets a minute",
-        f"({sent.traffic.payload / sent.minutes:,.0f} bytes of them TCP's payload), confirms and heartbeats included;",
-        f"a link that is lost and opened again costs {sent.reopened.ip:,} bytes, once a day. Settings: {ROUTE!r},",
-        f"{UPLINK!r}, {SPOOL!r}.",
+        *prose(
+            f"""**Line.** {sent.minutes:.0f} minutes in real time to RabbitMQ with TLS, counted at the IP layer on
+            loopback, both ways: {per_minute:,.0f} bytes and {sent.traffic.packets / sent.minutes:.1f} packets a minute
+            ({sent.traffic.payload / sent.minutes:,.0f} of the bytes are TCP's payload), confirms and heartbeats
+            included; a link that is lost and opened again costs {sent.reopened.ip:,} bytes, once a day. Settings:
+            {_said(ROUTE, SPOOL, UPLINK)}."""
+        ),
     ]

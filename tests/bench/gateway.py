@@ -119,10 +119,11 @@ class Gate:
         self.port = free_port()
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
+        self._carried: set[asyncio.Task[None]] = set()
 
     async def up(self) -> None:
         """Connections are taken, and carried."""
-        self._server = await asyncio.start_server(self._carry, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(self._take, "127.0.0.1", self.port)
 
     async def down(self) -> None:
         """Nobody listens, and what was open is gone."""
@@ -130,7 +131,13 @@ class Gate:
             self._server.close()
             for writer in list(self._open):
                 writer.transport.abort()
+            await asyncio.gather(*self._carried, return_exceptions=True)
             self._server = None
+
+    def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._carry(reader, writer))
+        self._carried.add(task)
+        task.add_done_callback(self._carried.discard)
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._to)

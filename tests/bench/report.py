@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import textwrap
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,11 @@ def figures(seen: Iterable[Figure]) -> list[str]:
     return table(("Figure", "To reach", "Seen", "", "Beside it"), [figure.row() for figure in seen])
 
 
+def prose(text: str) -> list[str]:
+    """Lines of a paragraph."""
+    return textwrap.wrap(" ".join(text.split()), 118, break_long_words=False, break_on_hyphens=False)
+
+
 def machine() -> str:
     """The machine and the versions that figures were seen with."""
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
@@ -85,7 +91,7 @@ def machine() -> str:
 def section(topic: str, title: str, body: Sequence[str], remark: str = "") -> str:
     """A topic's section. `remark`: what else to say of the run."""
     head = f"{time.strftime('%Y-%m-%d %H:%M')}, {machine()}.{' ' + remark if remark else ''}"
-    return "\n".join([f"## {topic}: {title}", "", head, "", *body]).rstrip() + "\n"
+    return "\n".join([f"## {topic}: {title}", "", *prose(head), "", *body]).rstrip() + "\n"
 
 
 def sections(text: str) -> dict[str, str]:
