@@ -219,6 +219,7 @@ class Log:
                 raise SpoolBroken(f"is missing or empty, spool {old['generation']} was here")
             self._mend_wal()
             self._db = connect(self.path)
+            self._believe_nothing()
             version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
             if version not in (0, SCHEMA):
                 raise SpoolBroken(
@@ -266,6 +267,15 @@ class Log:
         )
         if mended.lost:
             raise SpoolBroken(f"has lost {mended.lost} pages of its write-ahead log")
+
+    def _believe_nothing(self) -> None:
+        """Have all of the log on the disk before anything of it is acknowledged: a process before us may have ended at
+        a sync that failed. On a full card nothing new is acknowledged, and what is stored can be sent."""
+        try:
+            write_anew(self._opened())
+        except sqlite3.OperationalError as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_FULL:
+                raise
 
     def _aside(self) -> Path:
         """A name that is free, for what is set aside."""
@@ -322,11 +332,12 @@ class Log:
     def reopen(self) -> None:
         """Let go of the connection and take a new one, after a write has failed.
 
-        What the kernel holds of the failed write is unknown; SQLite replays only what its checksums vouch for.
+        What the kernel shows of the failed write may not be on the disk, so all of the log is written anew.
         """
         self._drop()
         with self._guard():
             self._db = connect(self.path)
+            write_anew(self._db)
             self._db.execute(self._sql["load_state"]).fetchall()
 
     def _drop(self) -> None:
@@ -697,10 +708,22 @@ def connect(path: Path) -> sqlite3.Connection:
         db.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
         db.execute("PRAGMA cell_size_check=ON")
         db.execute("PRAGMA user_version").fetchone()
+        _sync_folder(path.parent)  # SQLite does so too for its log's name, and goes on where it fails
     except BaseException:
         db.close()
         raise
     return db
+
+
+def write_anew(db: sqlite3.Connection) -> None:
+    """Put what the write-ahead log holds into the main file, and empty it. Raises sqlite3.Error where that fails.
+
+    A sync that fails is told once: afterwards the kernel shows, and SQLite believes, a log that is not on the disk,
+    and whatever is written behind it is lost with it. What is written anew is synced anew.
+    """
+    (is_busy, _, _) = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    if is_busy:
+        raise sqlite3.OperationalError("the write-ahead log can't be written anew")
 
 
 def create(db: sqlite3.Connection) -> None:
