@@ -1,0 +1,108 @@
+"""The power goes at any point of the true trace of the spool's calls, and any call fails: nothing acknowledged is lost.
+
+`python -m tests.faults.crash` does it for all points and all calls; here are samples by seed, and what was found once.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from faults.crash import Judge, Tally, a_run, crash_points, every_failure, live, scratch
+from faults.recording import Call, Event
+from faults.workload import Workload
+
+SEED = int(os.environ.get("FIELDPOST_SEED", time.time_ns() // 1_000_000_000 % 100_000))
+
+
+@pytest.fixture(scope="module")
+def workload() -> Iterator[Workload]:
+    with Workload() as server:
+        yield server
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with scratch() as place:
+        yield place
+
+
+def test_a_power_cut_at_some_points_loses_nothing_acknowledged() -> None:
+    tally = Tally()
+    crash_points(SEED, tally, lives=2, steps=10, points=25)
+    print(f"FIELDPOST_SEED={SEED}: {tally.images} images of {tally.points} points, {tally.opened} opened")
+    assert tally.faults == []
+
+
+@pytest.mark.slow
+def test_a_power_cut_at_many_points_loses_nothing_acknowledged() -> None:
+    tally = Tally()
+    crash_points(SEED, tally, points=200)
+    print(f"FIELDPOST_SEED={SEED}: {tally.images} images of {tally.points} points, {tally.opened} opened")
+    assert tally.faults == []
+
+
+@pytest.mark.slow
+def test_a_call_that_fails_loses_nothing_acknowledged() -> None:
+    tally = Tally()
+    every_failure(SEED, tally, sample=40)
+    print(f"FIELDPOST_SEED={SEED}: {tally.runs} runs, {tally.images} images; {dict(tally.injected)}")
+    assert tally.faults == []
+
+
+# The judge must be able to find something.
+
+
+def found(folder: Path, events: list[Event]) -> str:
+    tally = Tally()
+    acks = [number for number, event in enumerate(events) if event.call is Call.MARK and "ack" in event.said]
+    Judge(folder, tally, 1).judge(events, "a bad disk or spool", acks)
+    return " ".join(tally.faults)
+
+
+def a_trace(workload: Workload, folder: Path) -> list[Event]:
+    outcome, events = live(workload, folder, a_run(folder, 1, lives=2, steps=8))
+    assert outcome.error == "" and outcome.calls > 100
+    return events
+
+
+def test_the_judge_finds_what_a_disk_loses_that_lies_about_syncs(workload: Workload, folder: Path) -> None:
+    events = a_trace(workload, folder)
+    assert found(folder, events) == ""
+    assert "lost" in found(folder, [event for event in events if event.call is not Call.FSYNC])
+
+
+@pytest.mark.slow
+def test_the_judge_finds_an_ack_that_comes_before_its_commit(workload: Workload, folder: Path) -> None:
+    events = a_trace(workload, folder)
+    early: list[Event] = []
+    for event in events:
+        if event.call is Call.MARK and "ack" in event.said:
+            came = max(n for n, e in enumerate(early) if e.call is Call.MARK and {"came", "opened"} & e.said.keys())
+            early.insert(came + 1, event)
+        else:
+            early.append(event)
+    assert "lost" in found(folder, early)
+
+
+@pytest.mark.slow
+def test_the_judge_finds_a_failed_sync_that_is_believed(workload: Workload, folder: Path) -> None:
+    events = a_trace(workload, folder)
+    first = next(n for n, event in enumerate(events) if event.call is Call.MARK and "came" in event.said)
+    sync = next(n for n, event in enumerate(events) if n > first and event.call is Call.FSYNC)
+    assert "lost" in found(folder, [*events[:sync], replace(events[sync], failed=True), *events[sync + 1 :]])
+
+
+@pytest.mark.slow
+def test_the_judge_finds_a_confirmation_of_what_was_never_delivered(workload: Workload, folder: Path) -> None:
+    events = a_trace(workload, folder)
+    unsaid = [event for event in events if event.call is not Call.MARK or "confirmed" not in event.said]
+    assert "skipped" in found(folder, unsaid)
+
+
+# What was found once.
