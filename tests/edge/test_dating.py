@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 
-from fieldpost.nodes.time import DELAY_FEW_MS, DELAY_MS, DRIFT_PPM, EARLIEST_UNKNOWN, WINDOW_MS, Dating
+from fieldpost.nodes.time import DELAY_FEW_MS, DELAY_MS, DRIFT_PPM, EARLIEST_UNKNOWN, FEW_MESSAGES, WINDOW_MS, Dating
 from fieldpost.reading import Quality
 from fieldpost.wire import Anchor
+from hypothesis import given
+from hypothesis import strategies as st
 
 I = "a1b2c3d4e5f6"  # noqa: E741  # the protocol's own letter
 UNIX = 1_763_900_000_000
@@ -70,3 +72,53 @@ def test_each_date_says_what_it_rests_on() -> None:
     assert dating.date("n1", I, 1, [80_000], None, 900_000, UNIX)[1] == Quality.BOUNDED
     dating.hear("n1", I, 1, 80_000, 900_000)
     assert dating.date("n1", I, 1, [80_000], anchor, 900_000, UNIX)[1] == Quality.SYNCED
+
+
+delays = st.lists(st.one_of(st.integers(5, 60), st.integers(5, 20_000)), min_size=FEW_MESSAGES + 2, max_size=60)
+
+
+@given(st.integers(-80, 80), st.integers(0, 10**9), delays, st.integers(5, DELAY_MS), st.integers(1000, 120_000))
+def test_one_quick_message_an_hour_keeps_every_date_within_its_error(
+    ppm: int, boot_at: int, slow: list[int], quick: int, every_ms: int
+) -> None:
+    dating = Dating()
+    quick_at = 0
+    for n, delay in enumerate([quick, *slow]):
+        true_ms = 1000 + n * every_ms
+        if true_ms - quick_at > WINDOW_MS - every_ms:
+            quick_at, delay = true_ms, quick
+        uptime = true_ms + true_ms * ppm // 1_000_000
+        received = boot_at + true_ms + delay
+        dating.hear("n1", I, 1, uptime, received)
+        # What was measured a while ago, and waited in the node's outbox, is dated as well.
+        for ago in (0, min(true_ms, 600_000)):
+            ((at, error),) = dated(dating, [uptime - ago], received)
+            assert abs(at - (UNIX + boot_at + true_ms - ago)) <= error
+
+
+@given(st.lists(st.integers(0, 10**7), min_size=2, max_size=20), st.integers(0, 5000))
+def test_rows_of_a_boot_keep_their_distances(uptimes: list[int], delay: int) -> None:
+    dating = Dating()
+    dating.hear("n1", I, 1, max(uptimes), 10**8 + delay)
+    found = dated(dating, uptimes, 10**8 + delay)
+    assert [at - found[0][0] for at, _ in found] == [uptime - uptimes[0] for uptime in uptimes]
+
+
+@given(st.integers(-(10**12), 10**12))
+def test_a_step_of_the_wall_clock_moves_dates_by_just_that_and_errors_not_at_all(by: int) -> None:
+    dating = Dating()
+    dating.hear("n1", I, 1, 1000, 50_000)
+    dating.hear("n1", I, 1, 2000, 51_500)
+    before, _ = dating.date("n1", I, 1, [500, 1500], None, 60_000, UNIX)
+    after, _ = dating.date("n1", I, 1, [500, 1500], None, 60_000, UNIX + by)
+    assert [(at + by, error) for at, error in before] == after
+
+
+@given(st.integers(0, 10**9), st.integers(0, 10**8), st.integers(1, 10**9))
+def test_an_interval_between_two_boots_holds_the_truth(began: int, lasted: int, later: int) -> None:
+    dating, middle = Dating(), began + lasted
+    dating.hear("n1", I, 1, 0, began)
+    dated(dating, [lasted], middle)
+    dating.hear("n1", I, 3, 0, middle + later)
+    ((at, error),) = dated(dating, [7], middle + later, boot=2)
+    assert at - error - 1 <= UNIX + middle and UNIX + middle + later <= at + error + 1

@@ -58,3 +58,51 @@ def test_changes_that_could_not_be_saved_are_handed_out_again() -> None:
     assert marks.changes() == ([], [])
     marks.put_back(changes)
     assert marks.changes() == changes
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("take"), st.integers(1, KEPT_BOOTS + 4), spans),
+        st.tuples(st.just("save"), st.just(0), st.just((0, 0))),
+        st.tuples(st.just("save, which fails"), st.just(0), st.just((0, 0))),
+        st.tuples(st.just("crash"), st.just(0), st.just((0, 0))),
+    ),
+    max_size=40,
+)
+
+
+@given(steps)
+def test_after_a_crash_the_marks_are_those_of_the_last_save_that_succeeded(
+    happened: list[tuple[str, int, tuple[int, int]]],
+) -> None:
+    marks, disk, saved = Marks(), dict[tuple[str, str, int], tuple[int, list[tuple[int, int]]]](), marks_of(Marks())
+    for what, boot, span in happened:
+        if what == "take":
+            marks.take(("n1", "a1b2c3d4e5f6", boot), *span)
+        elif what == "save":
+            changed, gone = marks.changes()
+            disk = {key: value for key, value in disk.items() if key not in gone}
+            disk |= {key: (upto, beyond) for key, upto, beyond in changed}
+            saved = marks_of(marks)
+        elif what == "save, which fails":
+            marks.put_back(marks.changes())
+        else:
+            marks = Marks()
+            for key, (upto, beyond) in sorted(disk.items()):
+                marks.load(key, upto, beyond)
+            assert marks_of(marks) == saved
+        assert len(marks.boots("n1")) <= KEPT_BOOTS
+
+
+def marks_of(marks: Marks) -> dict[tuple[str, str, int], tuple[int, list[tuple[int, int]]]]:
+    return {key: (upto, marks.boot(key).beyond) for key, upto in marks.known()}
+
+
+@given(st.lists(st.tuples(st.sampled_from(["n1", "n2"]), st.integers(1, 3), spans), max_size=30))
+def test_nodes_and_boots_are_apart(taken: list[tuple[str, int, tuple[int, int]]]) -> None:
+    together = Marks()
+    apart: dict[tuple[str, str, int], BootMarks] = {}
+    for node, boot, span in taken:
+        key = (node, "a1b2c3d4e5f6", boot)
+        assert together.take(key, *span) == apart.setdefault(key, BootMarks()).take(*span)
+    assert dict(together.known()) == {key: marks.upto for key, marks in apart.items()}
