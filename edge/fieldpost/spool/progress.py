@@ -51,7 +51,8 @@ class Progress:
 
     def next_live(self) -> int:
         """The first position of the live end that is not on its way."""
-        return max((flight.past for flight in self.flying if flight.span is None), default=self.live)
+        # What is behind the last flight may have been skipped meanwhile.
+        return max([self.live, *(flight.past for flight in self.flying if flight.span is None)])
 
     def next_history(self) -> tuple[int, Span] | None:
         """The first position of the history that is not on its way, and its span."""
