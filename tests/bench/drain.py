@@ -65,6 +65,7 @@ async def drain(rabbit: RabbitMQ, filled: Path, folder: Path, form: str, profile
         await gateway.drained()
         took, end = time.monotonic() - began, gateway.route()
         done = end["confirmed"] - before
+        assert waiting(rabbit, queue) == end["messages"], "what was confirmed is in the queue"
         return Seen(
             form,
             end["confirmed"],
@@ -77,6 +78,12 @@ async def drain(rabbit: RabbitMQ, filled: Path, folder: Path, form: str, profile
     finally:
         gateway.end()
         rabbit.delete(queue)
+
+
+def waiting(rabbit: RabbitMQ, queue: str) -> int:
+    """Messages in a queue."""
+    with rabbit.connected() as connection:
+        return int(connection.channel().queue_declare(queue, passive=True).method.message_count)
 
 
 async def run(quick: bool) -> str:
