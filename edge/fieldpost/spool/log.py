@@ -190,6 +190,7 @@ class Log:
         self._sql = statements()
         self._page_bytes = PAGE_BYTES
         self._recent: dict[int, list[Reading]] = {}
+        self._is_new = False
         self._pruned_to: dict[LaneName, int] = {}
 
     # Opening.
@@ -218,6 +219,7 @@ class Log:
             if old.get("generation") and (not self.path.exists() or self.path.stat().st_size == 0):
                 raise SpoolBroken(f"is missing or empty, spool {old['generation']} was here")
             self._mend_wal()
+            self._let_the_log_go()
             self._db = connect(self.path)
             self._believe_nothing()
             version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
@@ -287,6 +289,12 @@ class Log:
         """There while a write-ahead log must be beside the file: a kill leaves both."""
         return self.path.with_name("spool.open")
 
+    def _let_the_log_go(self) -> None:
+        """Before SQLite empties or deletes the log; on the disk too, so that no power cut leaves only the mark."""
+        if self._is_open_path.exists():
+            self._is_open_path.unlink()
+            _sync_folder(self.path.parent)
+
     def _begin(self, opened: Opened) -> None:
         """Put down this boot before anything is numbered with it; on a full card, number as somebody else."""
         try:
@@ -315,9 +323,10 @@ class Log:
             salvaged = salvage(aside, self._db)
             log.error("%d readings of %s were taken over", salvaged.readings, aside.name)
             opened = self._state()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
+            self._put_back(aside)
             raise SpoolFault(f"{self.path}: {_advice(self.path, error)}") from error
-        opened.is_doubtful = True
+        self._is_new = opened.is_doubtful = True
         for lane, ids in salvaged.lost:
             holes = [at for at, ((name, _, _), known) in enumerate(opened.missing) if name is lane and not known]
             if holes:
@@ -328,6 +337,14 @@ class Log:
         self._begin(opened)
         opened.aside.append(f"{aside.name}: {why}"[:150])
         return opened
+
+    def _put_back(self, aside: Path) -> None:
+        """No new file could be made: the old one keeps its name, so that it is met again when one can."""
+        self._drop()
+        for suffix in ("", "-wal"):
+            with contextlib.suppress(OSError):
+                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+                Path(f"{aside}{suffix}").rename(self.path.with_name(self.path.name + suffix))
 
     def reopen(self) -> None:
         """Let go of the connection and take a new one, after a write has failed.
@@ -343,9 +360,8 @@ class Log:
     def _drop(self) -> None:
         self._recent.clear()
         if self._db is not None:
-            with contextlib.suppress(OSError):  # before SQLite deletes the log, on the disk too
-                self._is_open_path.unlink(missing_ok=True)
-                _sync_folder(self.path.parent)
+            with contextlib.suppress(OSError):
+                self._let_the_log_go()
             with contextlib.suppress(sqlite3.Error):
                 self._db.close()
             self._db = None
@@ -528,6 +544,8 @@ class Log:
                 if readings:
                     break
                 hole = min(first, until)
+                if not lost and not self._is_new:
+                    raise SpoolBroken(f"lacks {hole - at} readings")
                 damage.append((at, hole, lost))
                 at, lost = hole, []
                 continue
