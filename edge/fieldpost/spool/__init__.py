@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, ParamSpec, Self, TypeVar
 
 from ..clock import Clock, SystemClock
 from ..errors import SpoolBroken, SpoolFault
@@ -44,6 +44,9 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 Kind = Literal["urgent", "live", "backfill"]
 
@@ -301,7 +304,7 @@ class Spool:
             past, at_ms = position + len(readings), self.queue.age_ms()
         else:
             on_card = min(until, stage.committed)
-            piece: Piece = await self._card.run(self._card.log.read, lane, position, on_card, limit)
+            piece: Piece = await self._look(self._card.log.read, lane, position, on_card, limit)
             for first, past, ids in piece.damage:
                 self.queue.damaged(lane, first, past, ids)
                 self._stir()
@@ -318,9 +321,9 @@ class Spool:
 
     async def _expire(self, route: str, lane: LaneName, position: int, until: int) -> None:
         """Give up what is left of the batch at a position, for one route."""
-        for info in await self._card.run(self._card.log.infos, lane, position, limit=1, covering=True):
+        for info in await self._look(self._card.log.infos, lane, position, limit=1, covering=True):
             end = min(info.past, until)
-            piece = await self._card.run(self._card.log.read, lane, position, end, info.count)
+            piece = await self._look(self._card.log.read, lane, position, end, info.count)
             if not piece.damage:
                 self.queue.expire(route, lane, position, piece.past, piece.readings)
         self._stir()
@@ -344,7 +347,7 @@ class Spool:
         await self._commit_all()
         added = 0
         for name in LaneName:
-            infos = await self._card.run(self._card.log.infos, name, 0, limit=-1)
+            infos = await self._look(self._card.log.infos, name, 0, limit=-1)
             wanted = [i for i in infos if i.until_ms >= since_ms and (not until_ms or i.since_ms <= until_ms)]
             if wanted:
                 span = Span(wanted[0].first, wanted[-1].past, node, since_ms, until_ms)
@@ -355,7 +358,7 @@ class Spool:
     async def refused(self) -> list[Refused]:
         """What is set aside."""
         await self._commit_all()
-        return await self._card.run(self._card.log.refused)
+        return await self._look(self._card.log.refused)
 
     async def settle(self, refused: Refused, *, dropped: bool) -> None:
         """A reading that was set aside was delivered after all, or is given up."""
@@ -364,7 +367,7 @@ class Spool:
 
     async def ledger(self, limit: int) -> list[tuple[int, Event]]:
         """The newest entries that are on the card, newest first."""
-        return await self._card.run(self._card.log.ledger, limit)
+        return await self._look(self._card.log.ledger, limit)
 
     async def verify(self) -> Report:
         """Compare everything on the card with its checksums."""
@@ -376,14 +379,14 @@ class Spool:
         if position == 0:
             await self._commit_all()
         end = self.queue.lanes[lane].committed
-        infos = await self._card.run(self._card.log.infos, lane, position, limit=1, covering=True)
+        infos = await self._look(self._card.log.infos, lane, position, limit=1, covering=True)
         start = max(position, infos[0].first) if infos else end
         if infos and infos[0].past <= position:  # between two batches
-            infos = await self._card.run(self._card.log.infos, lane, position, limit=1)
+            infos = await self._look(self._card.log.infos, lane, position, limit=1)
             start = infos[0].first if infos else end
         if start >= end:
             return [], None
-        piece: Piece = await self._card.run(self._card.log.read, lane, start, end, limit)
+        piece: Piece = await self._look(self._card.log.read, lane, start, end, limit)
         for first, past, ids in piece.damage:
             self.queue.damaged(lane, first, past, ids)
         return self.queue.dated(piece.readings), piece.past
@@ -494,7 +497,22 @@ class Spool:
                 return
         if why:
             with contextlib.suppress(SpoolFault):
-                self.queue.begin_again(await self._card.run(self._card.log.rebuild, why))
+                await self._begin_again(why)
+
+    async def _look(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Read the card; where its file is broken, begin it again and read what is left. Raises SpoolFault."""
+        generation = self.queue.generation
+        try:
+            return await self._card.run(call, *args, **kwargs)
+        except SpoolBroken as broken:
+            async with self._committing:
+                if generation == self.queue.generation:
+                    await self._begin_again(str(broken))
+            return await self._card.run(call, *args, **kwargs)
+
+    async def _begin_again(self, why: str) -> None:
+        self.queue.begin_again(await self._card.run(self._card.log.rebuild, why))
+        self._stir()
 
     def _say(self, trouble: str) -> None:
         if trouble.split(":")[0] != self._trouble.split(":")[0]:

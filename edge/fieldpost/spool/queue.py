@@ -169,7 +169,7 @@ class Queue:
                     since, spans = nobodys
                     before = (since, [*before[1], *spans])
                 if before is None:
-                    start = opened.oldest[name] if not known else lane.head
+                    start = lane.head if known and not opened.is_doubtful else opened.oldest[name]
                     self.progress[route, name] = Progress(start)
                     continue
                 live, spans = before

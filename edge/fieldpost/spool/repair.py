@@ -46,6 +46,9 @@ log = logging.getLogger(__name__)
 _pack = msgspec.msgpack.encode
 TELL_EVERY = 200_000
 OURS = {"batch", "state", "mark", "ledger", "set_aside", "damaged"}
+UNREADABLE = (sqlite3.Error, UnicodeDecodeError, OverflowError)
+"""What reading a damaged file raises; also where SQLite's own message quotes bytes that are no text."""
+
 POINTER_MAP = 2
 """The page that says whose child each page is; reading needs none."""
 
@@ -93,7 +96,7 @@ def _tables(source: Path) -> set[str]:
     try:
         with contextlib.closing(_open_readonly(source)) as old:
             return {str(name) for (name,) in old.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    except sqlite3.Error:
+    except UNREADABLE:
         return set()
 
 
@@ -138,7 +141,7 @@ def _salvage_from(
             return take(old, db)
     except sqlite3.OperationalError:
         raise
-    except sqlite3.DatabaseError as error:
+    except UNREADABLE as error:
         log.warning("%s: %s", source, error)
         return Salvaged()
 
@@ -151,7 +154,7 @@ def _open_readonly(source: Path) -> sqlite3.Connection:
         try:
             db.text_factory = lambda text: text.decode("utf-8", "replace")
             db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        except sqlite3.Error:
+        except UNREADABLE:
             db.close()
             if mode == modes[-1]:
                 raise
@@ -252,7 +255,7 @@ def _rows(old: sqlite3.Connection, table: str, key: str) -> Iterator[tuple[Any, 
     """Every row that can be reached, from both ends of the table towards the damage."""
     seen: set[Any] = set()
     for order in ("ASC", "DESC"):
-        with contextlib.suppress(sqlite3.DatabaseError):
+        with contextlib.suppress(*UNREADABLE):
             rows = old.execute(f"SELECT * FROM {table} ORDER BY {key} {order}")
             while (row := rows.fetchone()) is not None:
                 if row[0] in seen:
