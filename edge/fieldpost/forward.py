@@ -212,8 +212,9 @@ class Route:
         flying = sum(len(window) for window in self._windows.values())
         news = None
         if flying <= self.config.window:
-            news = asyncio.ensure_future(self._spool.news())
-            waits.append(news)
+            is_busy = self._windows["live"] or self._gathering_since is not None
+            news = self._spool.news(self.config.id, self.config.batch_readings if is_busy else 1)
+            waits.append(news)  # type: ignore[arg-type]
         paced = max(pace.wait_s() for pace in self._paces)
         timeout = min(LOOK_EVERY_S, paced or LOOK_EVERY_S, self._gather_s() or LOOK_EVERY_S)
         try:

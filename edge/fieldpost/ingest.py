@@ -218,7 +218,7 @@ class Ingest:
             for (node, install), (boot, seq) in acks.items():
                 installs = self._acknowledged.setdefault(node, {})
                 _keep(installs, install, max(installs.get(install, (boot, seq)), (boot, seq)))
-                control.publish(wire.ack_topic(node), wire.encode_ack(install, *installs[install]), retain=True)
+                control.publish(wire.ack_topic(node), wire.encode_ack(install, *installs[install]), qos=0, retain=True)
             for pending in done:
                 pending.connection.acknowledge(pending.mid)
             await asyncio.sleep(0)
@@ -232,7 +232,7 @@ class Ingest:
         """The retained `ack` of a node, as the card has it: the broker may have lost it."""
         acked = self._acknowledged.get(node, {}).get(install)
         if acked is not None:
-            control.publish(wire.ack_topic(node), wire.encode_ack(install, *acked), retain=True)
+            control.publish(wire.ack_topic(node), wire.encode_ack(install, *acked), qos=0, retain=True)
 
     def remember(self) -> None:
         """What the spool had on the card when it was opened is acknowledged: call before anything is taken."""

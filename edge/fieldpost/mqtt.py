@@ -27,6 +27,10 @@ KEEPALIVE_S = 10
 
 TIMEOUT_S = 10.0
 
+GATHER_S = 0.004
+GATHER_ABOVE_PER_S, GATHER_BELOW_BYTES = 100, 8192
+"""Beyond so many turns a second, each with less than so much, packets are let gather for GATHER_S."""
+
 
 @dataclass(frozen=True, slots=True)
 class Address:
@@ -70,6 +74,7 @@ class Connection:
         loop = asyncio.get_running_loop()
         bulk: Any = _Bulk(self._paho.socket())
         self._paho._sock = bulk
+        rate = _Rate()
         asked = False
 
         def ask(client: paho.Client, userdata: object, sock: Any) -> None:
@@ -98,6 +103,14 @@ class Connection:
                         break
             except OSError as error:
                 self._lose(error)
+            if rate.is_high(loop.time(), bulk.filled) and not self.is_lost:
+                # Many small packets, one by one: let some gather, each turn of the loop costs more than they do.
+                loop.remove_reader(bulk.fileno())
+                loop.call_later(GATHER_S, resume)
+
+        def resume() -> None:
+            if bulk.fileno() >= 0 and not self.is_lost:
+                loop.add_reader(bulk.fileno(), read)
 
         self._paho.on_socket_register_write = ask
         loop.add_reader(bulk.fileno(), read)
@@ -203,6 +216,23 @@ async def connect(
         _silence(client)
 
 
+class _Rate:
+    """Whether packets come often and little by little: GATHER_ABOVE_PER_S turns in the last second or so."""
+
+    def __init__(self) -> None:
+        self._since = 0.0
+        self._turns = 0
+        self._is_high = False
+
+    def is_high(self, now: float, received: int) -> bool:
+        """One more turn, in which so many bytes came."""
+        self._turns += 1
+        if now - self._since >= 0.5:
+            self._is_high = self._turns > GATHER_ABOVE_PER_S * (now - self._since)
+            self._since, self._turns = now, 0
+        return self._is_high and received < GATHER_BELOW_BYTES
+
+
 class _Bulk:
     """A socket under paho that receives and sends in large pieces; what it does not know is the socket's own."""
 
@@ -214,16 +244,17 @@ class _Bulk:
         self._at = 0
         self._out = bytearray()
         self._ended = False
+        self.filled = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sock, name)
 
     def fill(self) -> None:
-        """Receive what there is, once. Raises OSError."""
+        """Receive what there is, once; `filled` is how many bytes that were. Raises OSError."""
         with contextlib.suppress(BlockingIOError):
             more = self._sock.recv(self.RECEIVE_BYTES)
             self._in, self._at = self._in[self._at :] + more, 0
-            self._ended = not more
+            self._ended, self.filled = not more, len(more)
 
     @property
     def readable(self) -> bool:

@@ -101,6 +101,19 @@ class Signal:
         return self._event.wait()
 
 
+@dataclass(slots=True)
+class _Waiter:
+    """A route that waits for a lane to have come to a position."""
+
+    done: asyncio.Future[None]
+    urgent: int
+    bulk: int
+
+    def wake(self) -> None:
+        if not self.done.done():
+            self.done.set_result(None)
+
+
 class Spool:
     """The durable queue; an async context manager.
 
@@ -119,7 +132,7 @@ class Spool:
         self._clock = clock or SystemClock()
         self._card = Card(settings.folder)
         self._trouble = ""
-        self._news = Signal()
+        self._waiters: list[_Waiter] = []
         self._safe = Signal()
         self._work = asyncio.Event()
         self._wakes_at: float | None = None
@@ -190,7 +203,11 @@ class Spool:
         Nothing is safe yet: wait for the ticket. What was taken before is left out and counted as a repeat.
         """
         ticket = self.queue.append(readings, urgent)
-        self._stir()
+        self._tell_routes()
+        # It is due at the end of its linger; looked at anew for each, that would cost more than taking it.
+        soon_ms = self.queue.age_ms() + self._settings.terms.linger_ms * 5 // 4
+        if urgent or self.queue.is_large or (self._wakes_at is not None and self._wakes_at > soon_ms):
+            self._plan_wake()
         return ticket
 
     @property
@@ -268,9 +285,15 @@ class Spool:
         """How many positions a route can send: (urgent, live, history)."""
         return self.queue.unsent(route)
 
-    def news(self) -> Awaitable[object]:
-        """To wait until something new is taken, from this call on."""
-        return self._news.wait()
+    def news(self, route: str, live: int = 1) -> asyncio.Future[None]:
+        """Done when something urgent is taken, or when a route can send so many live readings, from this call on."""
+        waiter = _Waiter(
+            asyncio.get_running_loop().create_future(),
+            self.queue.lanes[LaneName.URGENT].head + 1,
+            self.queue.progress[route, LaneName.BULK].next_live() + live,
+        )
+        self._waiters.append(waiter)
+        return waiter.done
 
     def backlog(self, route: str) -> int:
         """How many positions a route has yet to confirm."""
@@ -303,15 +326,16 @@ class Spool:
             readings = stage.read(position, min(limit, until - position))
             past, at_ms = position + len(readings), self.queue.age_ms()
         else:
-            on_card = min(until, stage.committed)
+            on_card, before = min(until, stage.committed), self.queue.replacements
             piece: Piece = await self._look(self._card.log.read, lane, position, on_card, limit)
             for first, past, ids in piece.damage:
                 self.queue.damaged(lane, first, past, ids)
                 self._stir()
-            if not piece.readings and piece.past <= piece.first:
-                return None
+            if (not piece.readings and piece.past <= piece.first) or self.queue.replacements != before:
+                return None  # nothing, or what was read may have been thinned meanwhile: it is read again
             position, past, readings, at_ms = piece.first, piece.past, piece.readings, piece.at_ms
-        if ttl and readings and self.queue.age_ms() - at_ms > ttl:
+        is_asked_for = span is not None and not span.whole  # by a person, who knows how old it is
+        if ttl and readings and not is_asked_for and self.queue.age_ms() - at_ms > ttl:
             await self._expire(route, lane, position, until)
             return None
         flight = self.queue.progress[route, lane].fly(position, past, span)
@@ -352,7 +376,7 @@ class Spool:
             if wanted:
                 span = Span(wanted[0].first, wanted[-1].past, node, since_ms, until_ms)
                 added += self.queue.replay(route, name, span)
-        self._stir()
+        self._stir(everybody=True)
         return added
 
     async def refused(self) -> list[Refused]:
@@ -414,9 +438,16 @@ class Spool:
 
     # Writing.
 
-    def _stir(self) -> None:
-        self._news.fire()
+    def _stir(self, *, everybody: bool = False) -> None:
+        self._tell_routes(everybody=everybody)
         self._plan_wake()
+
+    def _tell_routes(self, *, everybody: bool = False) -> None:
+        urgent, bulk = self.queue.ticket
+        for waiter in self._waiters:
+            if everybody or urgent >= waiter.urgent or bulk >= waiter.bulk:
+                waiter.wake()
+        self._waiters = [waiter for waiter in self._waiters if not waiter.done.done()]
 
     def _plan_wake(self) -> None:
         """Let the committer know only where it must wake sooner than it means to."""
