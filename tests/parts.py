@@ -266,6 +266,7 @@ class OutboxNode(ScriptedNode):
     def __init__(self, gateway: Gateway, name: str = "n1", install: str = INSTALL, boot: int = 1) -> None:
         super().__init__(gateway, name, install, boot)
         self.told = 0
+        self._fulls = 0
 
     @property
     def held(self) -> int:
@@ -283,15 +284,32 @@ class OutboxNode(ScriptedNode):
 
     async def all_acked(self, within_s: float = 30.0) -> None:
         """Wait until nothing is held."""
-        await self.wait_acked(self.boot, self.told - 1, within_s)
+        while self.held < self.told:
+            what = f"{self.name} acked to {self.boot, self.told - 1}"
+            await until_async(lambda: self.held >= self.told or self._there_is_room_again, what, within_s)
+            if self.held < self.told:
+                await self.tell_again()
 
     async def _tell(self, first: int, past: int, rows: int) -> None:
-        for start in range(first, past, rows):
+        start = first
+        while start < past:
             ahead = start - self.AHEAD * rows
-            await until_async(lambda: self.held > ahead, f"{self.name}: acks up to {ahead}")  # noqa: B023
+            await until_async(
+                lambda: self.held > ahead or self._there_is_room_again,  # noqa: B023
+                f"{self.name}: acks up to {ahead}",
+            )
+            if self._there_is_room_again:
+                start = self.held
+            self._fulls = self.gateway_states.count("full")
             count = min(rows, past - start)
             self.told = max(self.told, start + count)
             await self.send(start, count, held=min(self.held, start))
+            start += count
+
+    @property
+    def _there_is_room_again(self) -> bool:
+        """The gateway was full and is not: what it refused meanwhile must be sent again."""
+        return self.gateway_states[-1:] == ["up"] and self.gateway_states.count("full") > self._fulls
 
 
 def temperature_of(seq: int) -> float:

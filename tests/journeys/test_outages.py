@@ -40,6 +40,12 @@ async def confirmed(gateway: Gateway, id: str = "all", within_s: float = 30.0) -
     await until_async(lambda: backlog(gateway, id) == 0, f"route {id} has nothing waiting", within_s)
 
 
+async def arrived(gateway: Gateway, arrivals: Arrivals, count: int) -> None:
+    """Everything is confirmed, and so many rows have arrived."""
+    await confirmed(gateway)
+    await until_async(lambda: len(arrivals.seqs()) >= count, f"{count} rows have arrived")
+
+
 async def restarted(gateway: Gateway, tables: str, *, kill: bool = False) -> None:
     """The same gateway, ended cleanly or killed, with other uplinks and routes."""
     if kill:
@@ -83,7 +89,7 @@ async def test_fresh_readings_go_first_and_history_follows_marked_at_its_pace(
             assert status["backlog"] == status["backfill"] == 700 - 100 - BATCH
             # Another pace is another configuration: what is left goes on where it stood.
             await restarted(gateway, uplink(line.port) + route())
-            await confirmed(gateway)
+            await arrived(gateway, arrivals, 1700)
     judge(arrivals, 1700)
     history = arrivals.seqs(lane="backfill")
     assert history == list(range(100, 700))  # all of it marked, and in order
@@ -118,7 +124,7 @@ async def test_a_second_outage_in_the_middle_of_the_backfill(make_gateway: MakeG
             await node.tell(50)  # 1150-1199, live
             await until_async(lambda: 1199 in arrivals.seqs(lane=""), "a fresh one after both")
             assert len(arrivals.seqs(lane="backfill")) < 1000
-            await confirmed(gateway)
+            await arrived(gateway, arrivals, 1200)
             assert gateway.status()["spool"]["routes"]["all"]["spans"] == 0
     judge(arrivals, 1200)
     assert arrivals.seqs(lane="backfill") == [*range(100, 700), *range(750, 1150)]  # the older outage first
@@ -145,7 +151,7 @@ async def test_urgent_readings_overtake_an_outage_of_others(make_gateway: MakeGa
             await until_async(lambda: 1499 in arrivals.seqs(), "one more")
             assert arrivals.seqs(lane="urgent") == [499, 999, 1499]
             await restarted(gateway, uplink(line.port) + route() + rule)
-            await confirmed(gateway)
+            await arrived(gateway, arrivals, 1500)
     judge(arrivals, 1500)
 
 
@@ -187,7 +193,7 @@ async def test_neither_a_dead_nor_a_silent_far_side_holds_up_another(
                 try:
                     await node.tell(3000)
                     await node.all_acked()
-                    await confirmed(gateway)
+                    await arrived(gateway, arrivals, 3100)
                     assert len(arrivals.seqs()) == 3100
                     assert all(backlog(gateway, id_) >= 3000 for id_ in routes[1:])
                 finally:
@@ -234,7 +240,7 @@ async def test_progress_survives_whatever_is_changed_in_the_configuration(
             )
         await confirmed(gateway, "new")  # a new route begins with what is new
         await restarted(gateway, uplink(line.port, topic="t/2") + route(), kill=True)
-        await confirmed(gateway)
+        await arrived(gateway, arrivals, 1000)
     judge(arrivals, 1000)
     assert arrivals.seqs() == list(range(1000))
     assert arrivals.repeats <= 5 * BATCH  # the kill: what was confirmed since progress was last written
@@ -293,7 +299,7 @@ async def test_kills_in_the_middle_of_the_backfill_lose_nothing_and_repeat_what_
             await node.tell_again()
             await node.tell(50)
             await until_async(lambda: 1549 in arrivals.seqs(lane=""), "a fresh one")
-            await confirmed(gateway)
+            await arrived(gateway, arrivals, 1550)
     judge(arrivals, 1550)
     assert arrivals.seqs(lane="backfill") == list(range(1500))
     # How far a drain is, is noted every 20,000 readings and every quarter of an hour: a kill takes it back to there.
