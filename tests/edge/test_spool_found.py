@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fieldpost.spool import RouteTerms
-from spools import HandClock, own, quiet, readings, spool_in, taken
+from fieldpost.spool import LaneName, RouteTerms
+from spools import MANIFEST, HandClock, confirm_all, own, quiet, readings, spool_in, taken
 
 
 async def test_what_came_while_there_was_no_route_is_sent_when_there_is_one_again(tmp_path: Path) -> None:
@@ -29,3 +29,62 @@ async def test_what_was_written_in_the_first_millisecond_of_a_spool_expires_too(
         spool.append(readings(2, 4))
         await quiet(spool)
         assert own(await taken(spool)) == [2, 3]
+
+
+async def test_a_batch_that_was_thinned_while_it_is_in_memory_too_is_sent_as_it_is_on_the_card(tmp_path: Path) -> None:
+    async with spool_in(tmp_path, full="thin") as spool:
+        spool.keep_manifest(MANIFEST)
+        for first in (0, 10, 20, 30):
+            await spool.until_safe(spool.append(readings(first, first + 10)))
+        spool._retention._max_bytes = spool._card.bytes // 2
+        await spool._retention._thin()
+        await spool._commit()
+        batch = await spool.take("r", "live", 3)
+        assert batch is not None
+        spool.confirm("r", batch)
+        got = list(batch.readings)
+    async with spool_in(tmp_path) as spool:
+        got += await taken(spool)
+    events = [one.event for one in got if one.event is not None and one.event.kind == "thinned"]
+    covered = {seq for event in events for seq in range(event.first, (event.last or 0) + 1)} | set(own(got))
+    assert covered == set(range(40))
+
+
+async def test_a_replay_is_not_too_old_since_somebody_asked_for_it(tmp_path: Path) -> None:
+    clock, terms = HandClock(), RouteTerms("r", ttl_ms=60_000)
+    async with spool_in(tmp_path, terms, clock=clock, linger_ms=0) as spool:
+        spool.append(readings(0, 5))
+        await quiet(spool)
+        assert own(await confirm_all(spool)) == [0, 1, 2, 3, 4]
+        clock.pass_ms(100_000)
+        await spool.replay("r", 1)
+        assert own(await taken(spool)) == [0, 1, 2, 3, 4]
+        assert (await spool.status()).ledger == {}
+
+
+async def test_of_what_only_removed_routes_want_alarms_are_given_up_last(tmp_path: Path) -> None:
+    async with spool_in(tmp_path, "old", "r") as spool:
+        await spool.until_safe(spool.append(readings(0, 10), urgent={3}))
+        await confirm_all(spool, "r")
+    async with spool_in(tmp_path, "r", full="drop-oldest") as spool:
+        assert await spool._retention._forget_delivered()
+        given_up = [event for _, event in spool.queue._work.ledger]
+        assert given_up and all(event.first != 3 for event in given_up)
+
+
+async def test_what_is_given_up_names_every_route_that_wanted_it_removed_ones_too(tmp_path: Path) -> None:
+    async with spool_in(tmp_path, "old", "a", "b") as spool:
+        await spool.until_safe(spool.append(readings(0, 5)))
+        await confirm_all(spool, "b")
+    async with spool_in(tmp_path, "a", "b") as spool:
+        assert await spool._retention._give_up(LaneName.BULK, "max_bytes")
+        assert [event.why for _, event in spool.queue._work.ledger] == ["given up: max_bytes (route a, old)"]
+
+
+async def test_what_is_given_up_while_there_is_no_route_names_none(tmp_path: Path) -> None:
+    spool = spool_in(tmp_path)
+    spool._routes = ()
+    async with spool:
+        await spool.until_safe(spool.append(readings(0, 5)))
+        assert await spool._retention._give_up(LaneName.BULK, "max_bytes")
+        assert [event.why for _, event in spool.queue._work.ledger] == ["given up: max_bytes"]

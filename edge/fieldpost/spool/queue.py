@@ -121,7 +121,7 @@ class Queue:
         self._begin_progress(opened)
         self.counts = dict(opened.counts)
         self.set_aside_count = opened.set_aside
-        self.repeats = self.commits = self.taken = self.confirmed = self.expired = 0
+        self.repeats = self.commits = self.taken = self.confirmed = self.expired = self.replacements = 0
         self._event_seq = 0
         self._dirty_routes: set[tuple[str, LaneName]] = set(self.progress)
         self._confirmed_unsaved = 0
@@ -403,6 +403,7 @@ class Queue:
         # Marks must not run ahead of readings that a crash would take: they are saved with the whole stage only.
         whole = all(ends[name] == lane.head for name, lane in self.lanes.items())
         changes = self.marks.changes() if whole else ([], [])
+        self._settle_thinned()
         work, self._work = self._work, Write()
         state: dict[str, bytes | None] = dict(work.state)
         for (node, install, boot), upto, beyond in changes[0]:
@@ -462,6 +463,10 @@ class Queue:
     def failed(self, commit: Commit) -> None:
         """A commit was not made: all of it is to be written again."""
         self.marks.put_back(commit.marks)
+        for _, event in commit.work.ledger:
+            if event.kind == "thinned":  # it is said again, when it is tried again
+                self.counts["thinned"] -= 1
+        commit.work.ledger = [entry for entry in commit.work.ledger if entry[1].kind != "thinned"]
         self._work = commit.work.before(self._work)
         self._dirty_routes |= commit.dirty
 
@@ -555,19 +560,28 @@ class Queue:
 
     def is_busy(self, info: Info) -> bool:
         """Whether a batch is partly sent or on its way: it can't be changed just now."""
-        return any(p.is_inside(info.first, info.past) for (_, lane), p in self.progress.items() if lane is info.lane)
+        return any(p.is_inside(info.first, info.past) for (_, lane), p in self.everyone() if lane is info.lane)
 
     def thin(self, info: Info, readings: list[Reading]) -> None:
-        """Put records with minimum, maximum, mean and count in the place of a batch's rows."""
-        thinned = thin(readings, self.manifests, self.record)
-        records = [one for one in thinned if one.event is not None and one.event.kind == "thinned"]
-        for node, install, boot, low, high in ids_of(records):
-            self.note(Event("thinned", node, install, boot, low, high, "thinned: minimum, maximum, mean and count"))
-        self._work.replaced.append((info, thinned))
+        """Put records with minimum, maximum, mean and count in the place of a batch's rows, with the next commit."""
+        self._work.replaced.append((info, thin(readings, self.manifests, self.record)))
+        self.lanes[info.lane].forget(info.past)  # routes read it from the card from now on, as it will be there
+
+    def _settle_thinned(self) -> None:
+        """What a route has begun with meanwhile stays: it could not go on in the middle of records."""
+        work = self._work
+        work.replaced = [(info, thinned) for info, thinned in work.replaced if not self.is_busy(info)]
+        self.replacements += len(work.replaced)
+        for _, thinned in work.replaced:
+            records = [one for one in thinned if one.event is not None and one.event.kind == "thinned"]
+            for node, install, boot, low, high in ids_of(records):
+                self.note(Event("thinned", node, install, boot, low, high, "thinned: minimum, maximum, mean and count"))
 
     def give_up(self, info: Info, readings: list[Reading], why: str) -> None:
         """Delete a batch; what some route still wanted of it becomes gap records."""
-        wanted = self.wanted_by(info)
+        whose = [
+            route for (route, lane), p in self.everyone() if lane is info.lane and p.touches(info.first, info.past)
+        ]
         lost = [
             reading
             for at, reading in enumerate(readings)
@@ -575,7 +589,7 @@ class Queue:
                 p.touches(info.first + at, info.first + at + 1) for (_, lane), p in self.everyone() if lane is info.lane
             )
         ]
-        some = "" if len(wanted) in (0, len(self.routes)) else f" (route {', '.join(wanted)})"
+        some = f" (route {', '.join(whose)})" if whose and not set(self.routes) <= set(whose) else ""
         for (_, lane), progress in self.everyone():
             if lane is info.lane:
                 progress.skip(info.first, info.past)

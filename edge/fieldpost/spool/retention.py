@@ -67,7 +67,7 @@ class Retention:
                 self._queue.forget_delivered(info)
             if free:
                 return True
-        for name in LaneName:
+        for name in (LaneName.BULK, LaneName.URGENT):  # alarms last
             infos = await self._card.run(self._card.log.infos, name, 0, limit=-1)
             left = [info for info in infos if self._queue.routes and not self._queue.wanted_by(info)]
             if await self._give_up_these(left, "max_bytes, only removed routes want it"):
@@ -76,6 +76,7 @@ class Retention:
 
     async def _thin(self) -> bool:
         infos = await self._card.run(self._card.log.infos, LaneName.BULK, 0, limit=-1)
+        infos = [info for info in infos if info.past <= self._queue.lanes[LaneName.BULK].committed]
         old = infos[: len(infos) * 3 // 4]  # the newest stay whole, and go on being of use while older ones go
         chosen = [i for i in old if not i.thinned and i.count > 1 and self._queue.wanted_by(i)]
         done = False
@@ -88,13 +89,13 @@ class Retention:
 
     async def _give_up(self, name: LaneName, why: str) -> bool:
         infos = await self._card.run(self._card.log.infos, name, 0, limit=64)
-        return await self._give_up_these([info for info in infos if not self._is_flying(info)], why)
+        return await self._give_up_these([info for info in infos if not self._queue.is_flying(info)], why)
 
     async def _give_up_these(self, infos: list[Info], why: str) -> bool:
         done = False
         for info in infos[:GIVEN_UP_AT_ONCE]:
             readings = await self._whole(info)
-            if readings is not None and not self._is_flying(info):
+            if readings is not None and not self._queue.is_flying(info):
                 self._queue.give_up(info, readings, why)
                 done = True
         return done
@@ -105,19 +106,11 @@ class Retention:
                 continue
             infos = await self._card.run(self._card.log.infos, name, 0, limit=256)
             for info in infos:
-                if self._queue.age_ms() - info.at_ms <= limit.max_age_ms or self._is_flying(info):
+                if self._queue.age_ms() - info.at_ms <= limit.max_age_ms or self._queue.is_flying(info):
                     break
                 readings = await self._whole(info)
                 if readings is not None:
                     self._queue.give_up(info, readings, "max_age")
-
-    def _is_flying(self, info: Info) -> bool:
-        return any(
-            flight.first < info.past and flight.past > info.first
-            for (_, lane), progress in self._queue.progress.items()
-            if lane is info.lane
-            for flight in progress.flying
-        )
 
     async def _whole(self, info: Info) -> list[Reading] | None:
         piece = await self._card.run(self._card.log.read, info.lane, info.first, info.past, info.count)
