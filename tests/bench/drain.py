@@ -99,7 +99,7 @@ async def run(quick: bool) -> str:
             if seen[-1].rate < least:
                 out = folder / f"{form}.txt"
                 await drain(rabbit, folder / "filled", folder / f"{form}-profiled", form, out)
-                profiles += ["", f"Where the time goes, {form}:", "", "```", *out.read_text().splitlines()[:18], "```"]
+                profiles += ["", f"Where the time goes, {form}:", "", "```", *out.read_text().splitlines(), "```"]
     wanted = [
         Figure(
             f"{one.form}, zlib, confirmed by a quorum queue",

@@ -90,7 +90,8 @@ def machine() -> str:
 
 def section(topic: str, title: str, body: Sequence[str], remark: str = "") -> str:
     """A topic's section. `remark`: what else to say of the run."""
-    head = f"{time.strftime('%Y-%m-%d %H:%M')}, {machine()}.{' ' + remark if remark else ''}"
+    busy = f"The machine's load average at its end: {os.getloadavg()[1]:.1f} (of 5 minutes)."
+    head = f"{time.strftime('%Y-%m-%d %H:%M')}, {machine()}. {busy}{' ' + remark if remark else ''}"
     return "\n".join([f"## {topic}: {title}", "", *prose(head), "", *body]).rstrip() + "\n"
 
 

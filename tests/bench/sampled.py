@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 EVERY_S = 0.002
+OURS = ("fieldpost", "spool", "forms", "uplinks", "nodes")
 
 
 def sample(out: Path) -> None:
@@ -35,9 +36,11 @@ def sample(out: Path) -> None:
     def write() -> None:
         signal.setitimer(signal.ITIMER_PROF, 0)
         total = sum(own.values()) or 1
+        ours = Counter({name: count for name, count in below.items() if name.split("/")[0] in OURS})
         lines = [f"{total} samples, {total * EVERY_S:.1f} s of processor time", "  own  with calls  where"]
-        for name, count in own.most_common(25):
-            lines.append(f"{100 * count / total:4.1f}%      {100 * below[name] / total:5.1f}%  {name}")
+        for name, _ in [*own.most_common(10), ("", 0), *ours.most_common(20)]:
+            share = f"{100 * own[name] / total:4.1f}%      {100 * below[name] / total:5.1f}%  {name}"
+            lines.append(share if name else "of Fieldpost, by what they take with their calls:")
         out.write_text("\n".join(lines) + "\n")
 
     signal.signal(signal.SIGPROF, take)
