@@ -327,7 +327,13 @@ class Spool:
             past, at_ms = position + len(readings), self.queue.age_ms()
         else:
             on_card, before = min(until, stage.committed), self.queue.replacements
-            piece: Piece = await self._look(self._card.log.read, lane, position, on_card, limit)
+            # What is being read must not be thinned before it is known to be on its way.
+            reading = (lane, position, min(on_card, position + limit))
+            self.queue.reading.append(reading)
+            try:
+                piece: Piece = await self._look(self._card.log.read, lane, position, on_card, limit)
+            finally:
+                self.queue.reading.remove(reading)
             for first, past, ids in piece.damage:
                 self.queue.damaged(lane, first, past, ids)
                 self._stir()

@@ -118,6 +118,7 @@ class Queue:
         self.links = {route: _Link() for route in self.routes}
         self.manifests: dict[str, Manifest] = {manifest.hash: manifest for manifest in opened.manifests}
         self._work = Write()
+        self.reading: list[tuple[LaneName, int, int]] = []
         self._begin_progress(opened)
         self.counts = dict(opened.counts)
         self.set_aside_count = opened.set_aside
@@ -560,7 +561,17 @@ class Queue:
 
     def is_busy(self, info: Info) -> bool:
         """Whether a batch is partly sent or on its way: it can't be changed just now."""
-        return any(p.is_inside(info.first, info.past) for (_, lane), p in self.everyone() if lane is info.lane)
+        return self.is_flying(info) or any(
+            p.is_inside(info.first, info.past) for (_, lane), p in self.everyone() if lane is info.lane
+        )
+
+    def is_flying(self, info: Info) -> bool:
+        """Whether something of a batch is on its way, or (`reading`) being read for that."""
+        flying = [(lane, one.first, one.past) for (_, lane), p in self.progress.items() for one in p.flying]
+        return any(
+            lane is info.lane and first < info.past and past > info.first
+            for lane, first, past in [*flying, *self.reading]
+        )
 
     def thin(self, info: Info, readings: list[Reading]) -> None:
         """Put records with minimum, maximum, mean and count in the place of a batch's rows, with the next commit."""
