@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import logging
 import os
@@ -191,6 +192,7 @@ class Log:
         self._page_bytes = PAGE_BYTES
         self._recent: dict[int, list[Reading]] = {}
         self._is_new = False
+        self._is_believed = True
         self._pruned_to: dict[LaneName, int] = {}
 
     # Opening.
@@ -220,8 +222,8 @@ class Log:
                 raise SpoolBroken(f"is missing or empty, spool {old['generation']} was here")
             self._mend_wal()
             self._let_the_log_go()
+            self._write_log_anew()
             self._db = connect(self.path)
-            self._believe_nothing()
             version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
             if version not in (0, SCHEMA):
                 raise SpoolBroken(
@@ -270,14 +272,26 @@ class Log:
         if mended.lost:
             raise SpoolBroken(f"has lost {mended.lost} pages of its write-ahead log")
 
-    def _believe_nothing(self) -> None:
-        """Have all of the log on the disk before anything of it is acknowledged: a process before us may have ended at
-        a sync that failed. On a full card nothing new is acknowledged, and what is stored can be sent."""
-        try:
-            write_anew(self._opened())
-        except sqlite3.OperationalError as error:
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_FULL:
-                raise
+    def _write_log_anew(self) -> None:
+        """Have all of the write-ahead log on the disk before SQLite believes it and writes behind it.
+
+        A sync that fails is told once: afterwards the kernel shows a log that is not on the disk, to the next process
+        as well. What is written anew is synced anew. A full card has no room for that; it takes nothing until it has.
+        """
+        wal = self.path.with_name(self.path.name + "-wal")
+        content = wal.read_bytes() if wal.is_file() else b""
+        self._is_believed = True
+        if content:
+            new = wal.with_name(wal.name + ".new")
+            try:
+                _write_durably(new, content)
+                new.replace(wal)
+                _sync_folder(wal.parent)
+            except OSError as error:
+                new.unlink(missing_ok=True)
+                if error.errno != errno.ENOSPC:
+                    raise
+                self._is_believed = False
 
     def _aside(self) -> Path:
         """A name that is free, for what is set aside."""
@@ -299,7 +313,7 @@ class Log:
         """Put down this boot before anything is numbered with it; on a full card, number as somebody else."""
         try:
             state: dict[str, bytes | None] = {"boot": _pack((opened.generation, opened.boot))}
-            write_state(self._opened(), self._sql, state)
+            write_state(self._writable(), self._sql, state)
             self._is_open_path.touch(0o600)
         except (sqlite3.OperationalError, OSError) as error:
             opened.generation, opened.boot = secrets.token_hex(6), 1
@@ -309,6 +323,7 @@ class Log:
     def rebuild(self, why: str) -> Opened:
         """Set the file aside, begin a new one, and take over whatever can be read. Nothing is deleted."""
         self._drop()
+        self._is_believed = True
         aside = self._aside()
         for suffix in ("", "-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):
@@ -353,8 +368,8 @@ class Log:
         """
         self._drop()
         with self._guard():
+            self._write_log_anew()
             self._db = connect(self.path)
-            write_anew(self._db)
             self._db.execute(self._sql["load_state"]).fetchall()
 
     def _drop(self) -> None:
@@ -560,7 +575,7 @@ class Log:
                 if not dense:
                     break
         if lost:
-            damage.append((at, at, lost))
+            damage.insert(0, (position, position, lost))
         return Piece(damage[-1][1] if damage else position, at, readings, age_ms or 0, damage)
 
     def infos(self, lane: LaneName, position: int, *, limit: int, covering: bool = False) -> list[Info]:
@@ -647,7 +662,7 @@ class Log:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        db = self._opened()
+        db = self._writable()
         with db:
             db.execute("BEGIN IMMEDIATE")
             yield db
@@ -665,6 +680,11 @@ class Log:
             raise SpoolBroken(f"can't be read ({error})") from error
         except OSError as error:
             raise SpoolFault(f"{self.path}: {_advice(self.path, error)}") from error
+
+    def _writable(self) -> sqlite3.Connection:
+        if not self._is_believed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self._opened()
 
     def _opened(self) -> sqlite3.Connection:
         if self._db is None:
@@ -731,17 +751,6 @@ def connect(path: Path) -> sqlite3.Connection:
         db.close()
         raise
     return db
-
-
-def write_anew(db: sqlite3.Connection) -> None:
-    """Put what the write-ahead log holds into the main file, and empty it. Raises sqlite3.Error where that fails.
-
-    A sync that fails is told once: afterwards the kernel shows, and SQLite believes, a log that is not on the disk,
-    and whatever is written behind it is lost with it. What is written anew is synced anew.
-    """
-    (is_busy, _, _) = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-    if is_busy:
-        raise sqlite3.OperationalError("the write-ahead log can't be written anew")
 
 
 def create(db: sqlite3.Connection) -> None:
