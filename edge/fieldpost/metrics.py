@@ -86,8 +86,13 @@ def text(values: Iterator[Metric]) -> str:
         lines += [f"# HELP {name} {group[0].help}", f"# TYPE {name} {kind}"]
         for metric in group:
             labels = ",".join(f'{key}="{_escaped(value)}"' for key, value in metric.labels.items())
-            lines.append(f"{name}{{{labels}}} {metric.value:g}" if labels else f"{name} {metric.value:g}")
+            lines.append(f"{name}{{{labels}}} {_number(metric.value)}" if labels else f"{name} {_number(metric.value)}")
     return "\n".join(lines) + "\n"
+
+
+def _number(value: float) -> str:
+    """To the last digit: a counter that is rounded stands still, and then jumps."""
+    return str(int(value)) if value == int(value) else repr(value)
 
 
 def _escaped(value: str) -> str:
