@@ -159,7 +159,7 @@ async def test_at_max_bytes_rows_become_their_figures_and_no_alarm_or_gap_is_giv
     arrivals = Arrivals()
     rule = table("urgent", channel="temperature", above=40.0)
     async with Line(broker.port) as line, arrivals.reading(f"{broker.url()}/up"):
-        spool = 'max_bytes = "600kB"\nlinger_s = 0.2'
+        spool = 'max_bytes = "300kB"\nlinger_s = 0.2'
         gateway = make_gateway(uplink(line.port) + route() + rule, spool=spool)
         await asyncio.to_thread(gateway.start)
         line.cut()
