@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from . import backlog, card, drain, farm, rate, report
@@ -28,14 +30,24 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.topics) - set(TOPICS):
         parser.error(f"no topic {', '.join(sorted(unknown))}; there are: {', '.join(TOPICS)}")
+    # Loop devices are undone in `finally`, which a signal alone would not run.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))
+    failed = []
     for topic in arguments.topics or TOPICS:
         began = time.monotonic()
         print(f"{topic} ...", file=sys.stderr)
-        text = asyncio.run(TOPICS[topic].run(arguments.quick))
+        try:
+            text = asyncio.run(TOPICS[topic].run(arguments.quick))
+        except Exception:  # the other topics' figures are worth having all the same
+            traceback.print_exc()
+            failed.append(topic)
+            continue
         print(f"{topic}: {time.monotonic() - began:.0f} s", file=sys.stderr)
         print(text)
         if not arguments.only_print:
             report.put(HERE / "RESULTS.md", list(TOPICS), {topic: text})
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ JOURNAL_S = 5.0
 """ext4 commits its journal so often when something has changed (mount option `commit`)."""
 
 MB = 1e6
-ROUTE = 'form = "columns"\ngather = "60s"'
+ROUTE = 'form = "columns"\ngather = "50s"'
 UPLINK = "heartbeat_s = 600"
 SPOOL = "linger_s = 60"
 
@@ -70,20 +70,20 @@ class Day:
 COLUMNS = ("", "hours", "readings", "acknowledged", "card, MB a day", "bytes a reading", "commits a day", "CPU s a day")
 
 
-async def live(gateway: Bench, factor: float, seconds: float) -> list[Node]:
-    """Ten nodes live for so many seconds of their time; returns them, disconnected."""
-    nodes = await gateway.nodes(
-        NODES,
-        lambda name, install, n: Node(
-            name, install, says=manifest(*CLIMATE, period_ms=60_000), walk=Walk(n), pace=factor
-        ),
+async def enrolled(gateway: Bench, factor: float) -> list[Node]:
+    """Ten nodes, connected."""
+    says = manifest(*CLIMATE, period_ms=60_000)
+    return await gateway.nodes(
+        NODES, lambda name, install, n: Node(name, install, says=says, walk=Walk(n), pace=factor)
     )
-    began = time.monotonic()
-    phases = random.Random(1)
+
+
+async def live(nodes: list[Node], factor: float, seconds: float) -> None:
+    """They live for so many seconds of their time."""
+    began, phases = time.monotonic(), random.Random(1)
     await asyncio.gather(*(_sample(node, phases.uniform(0, MINUTE_S), factor, seconds, began) for node in nodes))
     for node in nodes:
         await node.connection.close()
-    return nodes
 
 
 async def _sample(node: Node, phase_s: float, factor: float, seconds: float, began: float) -> None:
@@ -105,11 +105,12 @@ async def day(uplink: str, factor: float, seconds: float, *, line_up: bool) -> D
             gateway.start()
             if line_up:
                 await gateway.linked()
+            nodes = await enrolled(gateway, factor)
             if factor > 1:
                 disk.beat(JOURNAL_S / factor)
-            await asyncio.sleep(1)
+            await asyncio.sleep(2)
             before, cpu, commits = disk.written(), cpu_seconds(*gateway.pids), gateway.status()["spool"]["commits"]
-            nodes = await live(gateway, factor, seconds)
+            await live(nodes, factor, seconds)
             spent, made = cpu_seconds(*gateway.pids) - cpu, gateway.status()["spool"]["commits"] - commits
             gateway.stop()  # with what a clean end writes
             disk.still()
@@ -152,9 +153,10 @@ async def month(rabbit: RabbitMQ, folder: Path, minutes: float) -> Month:
         with Line(gate.port) as line:
             gateway.start()
             await gateway.linked()
+            nodes = await enrolled(gateway, 1.0)
             await asyncio.sleep(2)
             before = line.seen()
-            nodes = await live(gateway, 1.0, minutes * 60)
+            await live(nodes, 1.0, minutes * 60)
             steady = line.seen() - before
             reopened = await _reopen(gateway, gate, line)
     finally:
