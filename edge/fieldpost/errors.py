@@ -27,7 +27,14 @@ class ConfigError(FieldpostError):
 
 
 class Unreachable(FieldpostError):
-    """The far side can't take anything now; nothing is lost, wait and try again."""
+    """The far side can't take anything now; nothing is lost, wait and try again.
+
+    `nobody` answered at all (refused, no way there, no such name): trying again costs the line next to nothing.
+    """
+
+    def __init__(self, text: str, *, nobody: bool = False) -> None:
+        super().__init__(text)
+        self.nobody = nobody
 
 
 class Rejected(FieldpostError):

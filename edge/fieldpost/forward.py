@@ -29,6 +29,9 @@ REFUSALS = 3
 LOOK_EVERY_S = 5.0
 """How often an uplink is looked at that has nothing to carry."""
 
+KNOCK_S, KNOCK_SELDOM_S, LONG_OUTAGE_S = 0.9, 5.0, 600.0
+"""The longest waits between attempts where nobody answers, in the first ten minutes and later."""
+
 GATHER_ABOVE_PER_S = 300
 GATHER_S = 0.005
 
@@ -104,6 +107,7 @@ class Route:
         self._pause = Pause()
         self._gathering_since: float | None = None
         self._lost_at: float | None = None
+        self._is_nobody_there = False
         self._confirmed = self._messages = self._bytes = self._set_aside = 0
         self._rate: deque[tuple[float, int]] = deque()
 
@@ -124,7 +128,7 @@ class Route:
             if refused is not None:
                 await self._isolate(*refused)
             else:
-                await asyncio.sleep(self._pause.longer())
+                await asyncio.sleep(self._wait_s())
 
     async def _carry(self) -> tuple[Batch, Rejected]:
         """Keep a window of batches on their way, urgent ones first, history last; returns when one is refused."""
@@ -275,7 +279,15 @@ class Route:
         self._spool.link(self.config.id, up=False)
         await self._uplink.close()
 
+    def _wait_s(self) -> float:
+        """Until the next attempt. Where nobody answers it costs a hundred bytes, so the line is back soon after."""
+        wait_s = self._pause.longer()
+        if self._lost_at is None or not self._is_nobody_there:
+            return wait_s
+        return min(wait_s, KNOCK_S if time.monotonic() - self._lost_at < LONG_OUTAGE_S else KNOCK_SELDOM_S)
+
     def _lost(self, lost: Unreachable) -> None:
+        self._is_nobody_there = lost.nobody
         if self._lost_at is None:
             self._lost_at = time.monotonic()
             log.warning("uplink %s lost: %s", self.config.uplink, lost)

@@ -35,7 +35,7 @@ from pika.exceptions import (
 
 from ..errors import FieldpostError, Rejected, Unreachable
 from .address import Address
-from .base import Message, UplinkStatus
+from .base import Message, UplinkStatus, is_nobody
 
 # pika tells each fault several times over, as errors with a trace. What is to be said is in our exceptions.
 logging.getLogger("pika").setLevel(logging.CRITICAL)
@@ -203,7 +203,7 @@ class Connection:
             return answer.result()
         if not done:
             self.abort(f"{self.address}: {what}: no answer within {seconds:g} s")
-        raise Unreachable(self.reason)
+        raise Unreachable(self.reason, nobody=is_nobody(_cause(self.gone.result())))
 
     def _on_end(self, _: object, error: Exception) -> None:
         _answer(self._ended, None)

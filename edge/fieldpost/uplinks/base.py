@@ -7,6 +7,8 @@ that is `routes` and `forward`.
 
 from __future__ import annotations
 
+import errno
+import socket
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +25,14 @@ class Message:
     content_type: str
     content_encoding: str
     readings: int
+
+
+def is_nobody(fault: BaseException | None) -> bool:
+    """Whether an error says that nobody was there to answer: refused, no way there, no such name."""
+    return isinstance(fault, OSError) and (
+        isinstance(fault, ConnectionRefusedError | socket.gaierror)
+        or fault.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from ..errors import FieldpostError, Rejected, Unreachable
 from .address import Address
-from .base import Message, UplinkStatus
+from .base import Message, UplinkStatus, is_nobody
 
 VERSIONS = {"5": aiomqtt.ProtocolVersion.V5, "3.1.1": aiomqtt.ProtocolVersion.V311}
 
@@ -304,7 +304,8 @@ async def join(client: aiomqtt.Client, address: Address) -> None:
         raise
     except aiomqtt.MqttError as fault:
         leave(client)
-        raise Unreachable(f"{address}: {explain(fault, address)}") from None
+        nobody = is_nobody(fault.__context__)  # aiomqtt has hidden it as the cause
+        raise Unreachable(f"{address}: {explain(fault, address)}", nobody=nobody) from None
 
 
 def leave(client: aiomqtt.Client) -> None:
