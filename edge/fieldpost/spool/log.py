@@ -17,7 +17,7 @@ import sqlite3
 import struct
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -32,7 +32,7 @@ from . import codec
 from .marks import Key
 from .progress import Span
 from .stage import LaneName
-from .wal import mend
+from .wal import committed, mend
 
 log = logging.getLogger(__name__)
 
@@ -220,18 +220,16 @@ class Log:
             old = self._marker()
             if old.get("generation") and (not self.path.exists() or self.path.stat().st_size == 0):
                 raise SpoolBroken(f"is missing or empty, spool {old['generation']} was here")
+            self._see_whose_it_is()
             self._mend_wal()
             self._let_the_log_go()
             self._write_log_anew()
             self._db = connect(self.path)
             version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
             if version not in (0, SCHEMA):
-                raise SpoolBroken(
-                    f"has schema {version}, this Fieldpost writes schema {SCHEMA}"
-                    + (": readings that only a newer one can read stay in the file set aside" if version > 2 else "")
-                )
+                raise SpoolBroken(_about(version))
             if version == 0 and self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                raise SpoolBroken("has tables, and no schema's number")
+                raise SpoolBroken(_about(version))
             if version == 0:
                 create(self._db)
             self.path.chmod(0o600)
@@ -250,6 +248,19 @@ class Log:
             self._begin(opened)
             return opened
 
+    def _see_whose_it_is(self) -> None:
+        """Before SQLite writes to a file that is none of ours: raises SpoolBroken. A log beside it may know better."""
+        if not self.path.exists() or self.path.with_name(self.path.name + "-wal").exists():
+            return
+        with self.path.open("rb") as file:
+            header = file.read(100)
+        size = self.path.stat().st_size
+        if 0 < size < 512 or (size and not header.startswith(b"SQLite format 3\0")):
+            raise SpoolBroken("is no database")
+        page_bytes, version = int.from_bytes(header[16:18]), int.from_bytes(header[60:64])
+        if size > page_bytes and version != SCHEMA:
+            raise SpoolBroken(_about(version))
+
     def _mend_wal(self) -> None:
         """Have a flipped bit in the write-ahead log cost no more than itself. Raises SpoolBroken where more is lost."""
         wal = self.path.with_name(self.path.name + "-wal")
@@ -261,6 +272,8 @@ class Log:
         mended = mend(content, PAGE_BYTES)
         if mended.content == content:
             return
+        if mended.is_headless and self._has(*committed(mended.content, PAGE_BYTES)):
+            return  # cut off while it began anew, which it does when the main file has all of it
         aside = self._aside()
         _write_durably(aside.with_name(aside.name + "-wal"), content)
         new = wal.with_name(wal.name + ".new")
@@ -271,6 +284,15 @@ class Log:
         )
         if mended.lost:
             raise SpoolBroken(f"has lost {mended.lost} pages of its write-ahead log")
+
+    def _has(self, pages: Mapping[int, bytes], past: int) -> bool:
+        """Whether the main file, of `past` pages, holds these as they are here."""
+        with self.path.open("rb") as file:
+            for number, page in pages.items():
+                file.seek((number - 1) * PAGE_BYTES)
+                if number <= past and file.read(PAGE_BYTES) != page:
+                    return False
+        return True
 
     def _write_log_anew(self) -> None:
         """Have all of the write-ahead log on the disk before SQLite believes it and writes behind it.
@@ -700,6 +722,14 @@ def born(path: Path) -> str:
         return str(path.stat().st_ino)
     inode, seconds, nanoseconds = struct.unpack_from("<32xQ40xqI", buffer.raw)
     return f"{inode}.{seconds}.{nanoseconds}"
+
+
+def _about(version: int) -> str:
+    """What is wrong with a schema that is not ours."""
+    if version == 0:
+        return "has tables, and no schema's number: it is another program's, or damaged"
+    later = ": readings that only a newer one can read stay in the file set aside" if version > SCHEMA else ""
+    return f"has schema {version}, this Fieldpost writes schema {SCHEMA}{later}"
 
 
 def _write_durably(path: Path, content: bytes) -> None:

@@ -28,11 +28,13 @@ Sum = tuple[int, int]
 @dataclass(frozen=True, slots=True)
 class Mended:
     """`content`: the log to put in its place, the same where nothing was wrong. `bits` were put right, `lost` frames
-    were taken out: their pages are as they were before, so the tables need not fit together."""
+    were taken out: their pages are as they were before, so the tables need not fit together. `is_headless`: the header
+    had to be made up; SQLite takes nothing of such a log."""
 
     content: bytes
     bits: int = 0
     lost: int = 0
+    is_headless: bool = False
 
 
 @dataclass(slots=True)
@@ -84,7 +86,7 @@ def mend(content: bytes, page_bytes: int) -> Mended:
         seed = frame.stored
     if not bits and not lost:
         return Mended(content)
-    return Mended(b"".join(_written(header, kept, order)), bits, lost)
+    return Mended(b"".join(_written(header, kept, order)), bits, lost, is_made_up)
 
 
 def committed(content: bytes, page_bytes: int) -> tuple[dict[int, bytes], int]:
