@@ -23,6 +23,9 @@ from .thin import thin
 COMMIT_LIMIT = 50_000
 """Readings of one commit: bounds the memory and the time that a transaction takes."""
 
+BATCH_LIMIT = 8_192
+"""Readings of one row: bounds what must be in memory to read a few of them."""
+
 HURRIED_LINGER_MS = 10
 """What a node that waits for its ack does not notice, and a busy gateway gathers hundreds of readings in."""
 
@@ -399,8 +402,8 @@ class Queue:
             readings = lane.read(lane.committed, left)
             left -= len(readings)
             ends[name] = lane.committed + len(readings)
-            if readings:
-                writes.append((name, lane.committed, readings))
+            for at in range(0, len(readings), BATCH_LIMIT):
+                writes.append((name, lane.committed + at, readings[at : at + BATCH_LIMIT]))
         # Marks must not run ahead of readings that a crash would take: they are saved with the whole stage only.
         whole = all(ends[name] == lane.head for name, lane in self.lanes.items())
         changes = self.marks.changes() if whole else ([], [])
