@@ -287,6 +287,8 @@ class Log:
 
     def _has(self, pages: Mapping[int, bytes], past: int) -> bool:
         """Whether the main file, of `past` pages, holds these as they are here."""
+        if not self.path.exists():
+            return False
         with self.path.open("rb") as file:
             for number, page in pages.items():
                 file.seek((number - 1) * PAGE_BYTES)
