@@ -212,13 +212,15 @@ class Disk:
             return  # the names may still arrive, or not
         left: list[Pending] = []
         for change in self.pending:
-            is_name = isinstance(change, Entry)
-            if not (is_name and file is FOLDER and change.folder == name or not is_name and change.file is file):
-                left.append(change)
-            elif isinstance(change, Entry):
-                _rename(self._durable, change)
-            elif not event.failed:
-                change.apply(change.file.content)
+            if isinstance(change, Entry):
+                if file is FOLDER and change.folder == name:
+                    _rename(self._durable, change)
+                    continue
+            elif change.file is file:
+                if not event.failed:
+                    change.apply(change.file.content)
+                continue
+            left.append(change)
         self.pending = left
 
     # What a cut leaves.
