@@ -249,8 +249,10 @@ class Log:
             return opened
 
     def _see_whose_it_is(self) -> None:
-        """Before SQLite writes to a file that is none of ours: raises SpoolBroken. A log beside it may know better."""
-        if not self.path.exists() or self.path.with_name(self.path.name + "-wal").exists():
+        """Before SQLite writes to a file that is none of ours: raises SpoolBroken. A log beside it may know better, and
+        so may the journal of a file that is being made."""
+        beside = (self.path.with_name(self.path.name + suffix) for suffix in ("-wal", "-journal"))
+        if not self.path.exists() or any(one.exists() for one in beside):
             return
         with self.path.open("rb") as file:
             header = file.read(100)
