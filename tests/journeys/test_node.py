@@ -62,3 +62,23 @@ def test_a_nodes_rows_are_stored_once_each_over_a_reboot(umqtt: str, gateway: Ga
     log.close()
     assert set(stored) == {1, 2}
     assert stored[2][0] >= max(acked) and stored[2][1] == []
+
+
+@pytest.mark.slow
+def test_a_node_that_is_told_how_long_an_ack_may_take_sends_nothing_again_meanwhile(tmp_path: Path) -> None:
+    gateway = Gateway(tmp_path / "gateway", spool="linger_s = 26")
+    try:
+        gateway.start()
+        folder = tmp_path / "n1"
+        settings = {"verbose": True, "first_wait_ms": 50, "ack_wait_s": 3}
+        write_settings(folder, gateway.ask("add", node="n1"), 1.0, settings)
+        node = SimulatedNode(folder).start()
+        try:
+            # The first ack may come with what was written of the node's coming; the next waits for its linger.
+            until(lambda: node.log.read_text().count("ack 1 ") >= 2, "rows are acknowledged", 90)
+            assert "sending again" not in node.log.read_text()
+        finally:
+            node.kill()
+        assert gateway.status()["spool"]["repeats"] == 0
+    finally:
+        gateway.end()
