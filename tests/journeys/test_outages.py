@@ -40,6 +40,19 @@ async def confirmed(gateway: Gateway, id: str = "all", within_s: float = 30.0) -
     await until_async(lambda: backlog(gateway, id) == 0, f"route {id} has nothing waiting", within_s)
 
 
+async def fresh_confirmed(gateway: Gateway) -> None:
+    """Whatever may still wait is history."""
+    await until_async(
+        lambda: spans_of(gateway)["live"] == spans_of(gateway)["urgent"] == 0, "what is fresh is confirmed"
+    )
+
+
+def spans_of(gateway: Gateway, id: str = "all") -> dict[str, int]:
+    """What a route has yet to confirm, by lane."""
+    waiting: dict[str, int] = gateway.status()["spool"]["routes"][id]
+    return waiting
+
+
 async def arrived(gateway: Gateway, arrivals: Arrivals, count: int) -> None:
     """Everything is confirmed, and so many rows have arrived."""
     await confirmed(gateway)
@@ -85,7 +98,8 @@ async def test_fresh_readings_go_first_and_history_follows_marked_at_its_pace(
             await node.tell(1000)
             await until_async(lambda: len(arrivals.seqs(lane="")) >= 1100, "fresh ones do not wait for history")
             assert len(arrivals.seqs(lane="backfill")) == BATCH
-            status = next(iter(gateway.status()["routes"]))
+            await fresh_confirmed(gateway)
+            status = gateway.status()["routes"][0]
             assert status["backlog"] == status["backfill"] == 700 - 100 - BATCH
             # Another pace is another configuration: what is left goes on where it stood.
             await restarted(gateway, uplink(line.port) + route())
@@ -113,6 +127,7 @@ async def test_a_second_outage_in_the_middle_of_the_backfill(make_gateway: MakeG
             await until_async(lambda: len(arrivals.seqs(lane="backfill")) >= 2 * BATCH, "the backfill is under way")
             await node.tell(50)  # 700-749, live
             await until_async(lambda: 749 in arrivals.seqs(lane=""), "a fresh one between the outages")
+            await fresh_confirmed(gateway)
             line.cut()
             cut_at = len(arrivals.seqs(lane="backfill"))
             assert cut_at < 600
@@ -120,12 +135,12 @@ async def test_a_second_outage_in_the_middle_of_the_backfill(make_gateway: MakeG
             await node.all_acked()
             line.mend()
             await until_async(lambda: gateway.status()["routes"][0]["state"] == "up", "the line is back")
-            assert gateway.status()["spool"]["routes"]["all"]["spans"] == 2
+            assert spans_of(gateway)["spans"] == 2
             await node.tell(50)  # 1150-1199, live
             await until_async(lambda: 1199 in arrivals.seqs(lane=""), "a fresh one after both")
             assert len(arrivals.seqs(lane="backfill")) < 1000
             await arrived(gateway, arrivals, 1200)
-            assert gateway.status()["spool"]["routes"]["all"]["spans"] == 0
+            assert spans_of(gateway)["spans"] == 0
     judge(arrivals, 1200)
     assert arrivals.seqs(lane="backfill") == [*range(100, 700), *range(750, 1150)]  # the older outage first
     assert arrivals.repeats <= 2 * 4 * BATCH  # a window at each cut
@@ -145,8 +160,7 @@ async def test_urgent_readings_overtake_an_outage_of_others(make_gateway: MakeGa
             await until_async(lambda: len(arrivals.seqs()) >= 2 + BATCH, "the line is back")
             assert arrivals.seqs()[:2] == [499, 999]
             assert arrivals.seqs(lane="urgent") == [499, 999]
-            status = gateway.status()["routes"][0]
-            assert (status["urgent"], status["backlog"]) == (0, 1200 - 2 - BATCH)
+            await until_async(lambda: backlog(gateway) == 1200 - 2 - BATCH, "these are confirmed")
             await node.tell(300)
             await until_async(lambda: 1499 in arrivals.seqs(), "one more")
             assert arrivals.seqs(lane="urgent") == [499, 999, 1499]
