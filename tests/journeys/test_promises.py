@@ -155,7 +155,7 @@ async def test_what_a_durable_far_side_confirmed_is_acknowledged_without_a_write
 async def test_a_far_side_that_keeps_is_killed_when_it_has_confirmed(
     make_gateway: MakeGateway, rabbitmq: RabbitMQ, password: Path, queue: str
 ) -> None:
-    gateway = make_gateway(to_rabbit(rabbitmq, password, queue) + route(), spool="linger_s = 2.0")
+    gateway = make_gateway(to_rabbit(rabbitmq, password, queue) + route(), spool="linger_s = 5.0")
     await start(gateway)
     async with OutboxNode(gateway) as node:
         await node.tell(1000, rows=20)
@@ -376,6 +376,28 @@ async def test_a_wiped_board_is_not_taken_for_its_former_self(make_gateway: Make
             await until_async(lambda: nothing_waits(gateway) and len(arrivals.rows) >= 300, "all is upstream")
     judge(arrivals, 199, boot=7)
     judge(arrivals, 99, install=OTHER_INSTALL)
+    assert arrivals.gaps == [] and gateway.ask("ledger") == [] and gateway.status()["spool"]["repeats"] == 0
+
+
+@pytest.mark.slow
+async def test_a_board_that_is_set_back_to_an_earlier_boot_is_named_and_loses_nothing(
+    make_gateway: MakeGateway, broker: Mosquitto
+) -> None:
+    # Only somebody who copies an old image onto a board can do that; an unreadable counter makes a new install.
+    gateway = make_gateway(to_mqtt(broker) + route())
+    arrivals = Arrivals()
+    async with arrivals.reading(f"{broker.url()}/t"):
+        await start(gateway)
+        async with OutboxNode(gateway, boot=7) as node:
+            await node.tell(100)
+            await node.all_acked()
+        async with OutboxNode(gateway, boot=3) as node:
+            await node.send(0, 50)
+            await until_async(lambda: len(arrivals.seqs(boot=3)) == 50, "its rows are upstream")
+            (known,) = gateway.status()["nodes"]
+            assert known["boot"] == 3 and "both say that they are install" in known["conflict"]
+    judge(arrivals, 99, boot=7)
+    judge(arrivals, 49, boot=3)
     assert arrivals.gaps == [] and gateway.ask("ledger") == [] and gateway.status()["spool"]["repeats"] == 0
 
 
