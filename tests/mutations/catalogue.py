@@ -473,8 +473,8 @@ CATALOGUE = (
         (
             Edit(
                 SPOOL + "__init__.py",
-                "if ttl and readings and self.queue.age_ms() - at_ms > ttl:",
-                "if ttl and readings and (self.queue.age_ms() - at_ms) // 1000 > ttl:",
+                " and self.queue.age_ms() - at_ms > ttl:",
+                " and (self.queue.age_ms() - at_ms) // 1000 > ttl:",
             ),
         ),
         (

@@ -98,9 +98,11 @@ def run(root: Path, arguments: Sequence[str]) -> tuple[int, str]:
     )
     try:
         said, _ = process.communicate(timeout=TRIAL_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+    except BaseException as reason:
+        os.killpg(process.pid, signal.SIGKILL)  # what the tests started goes with them
         said, _ = process.communicate()
+        if not isinstance(reason, subprocess.TimeoutExpired):
+            raise
         return 1, said + "\nshort test summary info\nFAILED all - nothing came to an end\n"
     imported = json.loads(witness.read_text()) if witness.exists() else []
     if not imported or not all(Path(path).is_relative_to(root / "edge") for path in imported):

@@ -326,7 +326,7 @@ class Spool:
             readings = stage.read(position, min(limit, until - position))
             past, at_ms = position + len(readings), self.queue.age_ms()
         else:
-            on_card, before = min(until, stage.committed), self.queue.replacements
+            on_card, before = min(until, stage.committed), (self.queue.generation, self.queue.replacements)
             # What is being read must not be thinned before it is known to be on its way.
             reading = (lane, position, min(on_card, position + limit))
             self.queue.reading.append(reading)
@@ -334,10 +334,12 @@ class Spool:
                 piece: Piece = await self._look(self._card.log.read, lane, position, on_card, limit)
             finally:
                 self.queue.reading.remove(reading)
+            if self.queue.generation != before[0]:
+                return None  # the file was begun again, and what it lost is told: our position may be none any more
             for first, past, ids in piece.damage:
                 self.queue.damaged(lane, first, past, ids)
                 self._stir()
-            if (not piece.readings and piece.past <= piece.first) or self.queue.replacements != before:
+            if (not piece.readings and piece.past <= piece.first) or self.queue.replacements != before[1]:
                 return None  # nothing, or what was read may have been thinned meanwhile: it is read again
             position, past, readings, at_ms = piece.first, piece.past, piece.readings, piece.at_ms
         is_asked_for = span is not None and not span.whole  # by a person, who knows how old it is
