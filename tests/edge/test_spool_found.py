@@ -88,3 +88,27 @@ async def test_what_is_given_up_while_there_is_no_route_names_none(tmp_path: Pat
         await spool.until_safe(spool.append(readings(0, 5)))
         assert await spool._retention._give_up(LaneName.BULK, "max_bytes")
         assert [event.why for _, event in spool.queue._work.ledger] == ["given up: max_bytes"]
+
+
+async def test_a_replay_over_what_is_not_kept_any_more_is_no_damage(tmp_path: Path) -> None:
+    async with spool_in(tmp_path) as spool:
+        for first in (0, 5, 10):
+            await spool.until_safe(spool.append(readings(first, first + 5)))
+        await confirm_all(spool)
+        infos = await spool._card.run(spool._card.log.infos, LaneName.BULK, 0, limit=-1)
+        spool.queue.forget_delivered(infos[1])
+        generation = spool.generation
+        assert await spool.replay("r", 1) == 10
+        assert own(await confirm_all(spool)) == [0, 1, 2, 3, 4, 10, 11, 12, 13, 14]
+        assert ((await spool.status()).ledger, spool.generation) == ({}, generation)
+
+
+async def test_a_batch_that_is_pruned_while_the_limits_are_looked_at_is_no_damage(tmp_path: Path) -> None:
+    async with spool_in(tmp_path) as spool:
+        await spool.until_safe(spool.append(readings(0, 5)))
+        await confirm_all(spool)
+        (info,) = await spool._card.run(spool._card.log.infos, LaneName.BULK, 0, limit=-1)
+        spool.queue.forget_delivered(info)
+        await spool._commit()
+        assert await spool._retention._whole(info) is None
+        assert not await spool._retention._give_up_these([info], "max_bytes")

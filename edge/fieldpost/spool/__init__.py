@@ -21,7 +21,7 @@ from ..errors import SpoolBroken, SpoolFault
 from ..reading import Event, Manifest, Reading
 from .card import Card, volatile_kind
 from .figures import Figures, RouteBacklog, SpoolStatus
-from .log import Piece, Refused
+from .log import Info, Piece, Refused
 from .marks import Key
 from .progress import Flight, Span
 from .queue import GATHERED_GRACE_MS, Limits, Queue, RouteTerms, Terms, Ticket
@@ -353,11 +353,9 @@ class Spool:
 
     async def _expire(self, route: str, lane: LaneName, position: int, until: int) -> None:
         """Give up what is left of the batch at a position, for one route."""
-        for info in await self._look(self._card.log.infos, lane, position, limit=1, covering=True):
-            end = min(info.past, until)
-            piece = await self._look(self._card.log.read, lane, position, end, info.count)
-            if not piece.damage:
-                self.queue.expire(route, lane, position, piece.past, piece.readings)
+        piece: Piece | None = await self._look(self._card.log.rest, lane, position, until)
+        if piece is not None and not piece.damage:
+            self.queue.expire(route, lane, position, piece.past, piece.readings)
         self._stir()
 
     def confirm(self, route: str, batch: Batch) -> None:
@@ -376,14 +374,14 @@ class Spool:
 
     async def replay(self, route: str, since_ms: int, until_ms: int = 0, node: str = "") -> int:
         """Send again what is kept of the time from `since_ms` (unix) on; returns how many readings at the most."""
-        await self._commit_all()
         added = 0
-        for name in LaneName:
-            infos = await self._look(self._card.log.infos, name, 0, limit=-1)
-            wanted = [i for i in infos if i.until_ms >= since_ms and (not until_ms or i.since_ms <= until_ms)]
-            if wanted:
-                span = Span(wanted[0].first, wanted[-1].past, node, since_ms, until_ms)
-                added += self.queue.replay(route, name, span)
+        async with self._committing:  # and nothing is pruned meanwhile
+            await self._commit_once()
+            for name in LaneName:
+                infos = await self._look(self._card.log.infos, name, 0, limit=-1)
+                wanted = [i for i in infos if i.until_ms >= since_ms and (not until_ms or i.since_ms <= until_ms)]
+                for first, past in _stretches(wanted):
+                    added += self.queue.replay(route, name, Span(first, past, node, since_ms, until_ms))
         self._stir(everybody=True)
         return added
 
@@ -560,6 +558,17 @@ class Spool:
             else:
                 log.info("spool takes readings again")
         self._trouble = trouble
+
+
+def _stretches(infos: Iterable[Info]) -> list[tuple[int, int]]:
+    """[first, past) of batches that follow one another; what is between two stretches is not kept any more."""
+    found: list[tuple[int, int]] = []
+    for info in infos:
+        if found and found[-1][1] == info.first:
+            found[-1] = (found[-1][0], info.past)
+        else:
+            found.append((info.first, info.past))
+    return found
 
 
 def _is_meant(reading: Reading, span: Span) -> bool:

@@ -604,6 +604,13 @@ class Log:
             damage.insert(0, (position, position, lost))
         return Piece(damage[-1][1] if damage else position, at, readings, age_ms or 0, damage)
 
+    def rest(self, lane: LaneName, position: int, until: int) -> Piece | None:
+        """What is left of the batch that holds a position; None where it was deleted meanwhile, which is no damage."""
+        for info in self.infos(lane, position, limit=1, covering=True):
+            if info.first <= position < info.past:
+                return self.read(lane, position, min(info.past, until), info.count)
+        return None
+
     def infos(self, lane: LaneName, position: int, *, limit: int, covering: bool = False) -> list[Info]:
         """Batches from a position on (with the one that holds it, where `covering`), without their readings."""
         low, high = bounds(lane)

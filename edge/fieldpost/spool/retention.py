@@ -113,7 +113,9 @@ class Retention:
                     self._queue.give_up(info, readings, "max_age")
 
     async def _whole(self, info: Info) -> list[Reading] | None:
-        piece = await self._card.run(self._card.log.read, info.lane, info.first, info.past, info.count)
+        piece = await self._card.run(self._card.log.rest, info.lane, info.first, info.past)
+        if piece is None:
+            return None
         for first, past, ids in piece.damage:
             self._queue.damaged(info.lane, first, past, ids)
         return None if piece.damage else piece.readings
