@@ -40,7 +40,10 @@ SCHEMA = 2
 PAGE_BYTES = 1024
 """A commit rewrites whole pages, so small ones spare the card; tests/bench/ has the figures for others."""
 
-CHECKPOINT_PAGES = 4000
+CHECKPOINT_PAGES = 500
+"""A log that grows makes the file system write its journal at every commit, 12 to 20 kB; one that begins anew at half
+a megabyte is soon as large as it gets."""
+
 LANE_BITS = 56
 AT_FDCWD, STATX_BTIME = -100, 0x800
 PRUNED_AT_ONCE = 512
