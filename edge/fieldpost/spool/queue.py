@@ -29,7 +29,7 @@ BATCH_LIMIT = 8_192
 HURRIED_LINGER_MS = 10
 """What a node that waits for its ack does not notice, and a busy gateway gathers hundreds of readings in."""
 
-HURRY_READINGS = 256
+HURRY_READINGS = 512
 """With so many gathered a commit costs each of them little; while every uplink is down a hurry waits for them."""
 
 LAZY_MS = 900_000
