@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import fcntl
 import json
+import logging
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,9 +18,11 @@ from typing import Any, TextIO
 import click
 import msgspec
 
-from ..config import load
+from ..config import Config, load
 from ..control import ask
 from ..errors import SpoolFault, Unreachable
+from ..gateway import _route_terms, _spool_settings
+from ..spool import Spool
 from ..spool.log import Log, Opened
 from ..spool.repair import Report, verify
 from ..spool.stage import LaneName
@@ -47,7 +55,9 @@ def status_(config_path: Path | None, as_json: bool) -> None:
     """
     try:
         answer = ask(options.control_socket(config_path), "status")["spool"]
-    except Unreachable:
+    except Unreachable as away:
+        if "no gateway answers" not in str(away):
+            raise
         answer = _offline(config_path, _look)
     if as_json:
         click.echo(json.dumps(answer))
@@ -68,7 +78,7 @@ def lines(spool: dict[str, Any]) -> Iterator[str]:
         parts = f"{waiting['urgent']} urgent, {waiting['live']} live, {waiting['backfill']} backfill"
         old = waiting["oldest_ms"]
         oldest = f", oldest {age(max(0.0, time.time() - old / 1000))}" if old and count else ""
-        yield f"waiting      {route}: {count:,} readings ({parts}), {waiting['bytes'] / 1e6:.1f} MB{oldest}"
+        yield f"waiting      {route or 'no route'}: {count:,} readings ({parts}), {waiting['bytes'] / 1e6:.1f} MB{oldest}"
     for route, count in sorted(spool["removed"].items()):
         yield f"waiting      {route}: {count:,} readings; the route is not configured any more, they are kept for it"
     if spool.get("hours_until_full") is not None:
@@ -102,7 +112,7 @@ def verify_(config_path: Path | None, as_json: bool) -> None:
     except Unreachable as away:
         if "no gateway answers" not in str(away):
             raise
-        answer = _offline(config_path, lambda log, opened: _report(verify(log, _tell)))
+        answer = _offline(config_path, _verify)
     if as_json:
         click.echo(json.dumps(answer))
     else:
@@ -113,7 +123,7 @@ def verify_(config_path: Path | None, as_json: bool) -> None:
         for place in answer["damaged"]:
             click.echo(f"  damaged: {place}")
         if answer["set_aside_rows"]:
-            click.echo(f"  {answer['set_aside_rows']} damaged rows were set aside earlier")
+            click.echo(f"  damaged rows that were set aside earlier: {answer['set_aside_rows']}")
         click.echo("all is whole" if answer["is_whole"] else "stop the gateway, then `fieldpost spool repair`")
     if not answer["is_whole"]:
         sys.exit(1)
@@ -193,26 +203,25 @@ def _write_pages(file: TextIO, page: Callable[[LaneName, int], dict[str, Any]]) 
 def repair(config_path: Path | None, as_json: bool) -> None:
     """Check a stopped gateway's file; where it is damaged, set it aside and take what can be read into a new one.
 
-    Nothing is deleted. The gateway does the same by itself when it meets damage that it can't step over.
+    Nothing is deleted, and what is lost goes into the ledger and upstream. The gateway does the same by itself when it
+    meets damage that it can't step over.
 
     \b
     Examples:
       systemctl stop fieldpost && fieldpost spool repair && systemctl start fieldpost
     """
 
-    def work(log: Log, opened: Opened) -> dict[str, Any]:
-        before = verify(log, _tell)
-        if before.is_whole:
-            return {"repaired": False, "aside": [], "before": _report(before), "after": _report(before)}
-        again = log.rebuild("; ".join([before.structure, *before.damaged])[:120])
-        after = verify(log, _tell)
-        return {"repaired": True, "aside": again.aside, "before": _report(before), "after": _report(after)}
-
-    answer = _offline(config_path, work)
+    config = load(options.config_file(config_path))
+    _stored(config)
+    before = set(config.data.glob("spool.damaged-*"))
+    with _quiet():
+        report = asyncio.run(_repair(config))
+    aside = sorted(str(path) for path in set(config.data.glob("spool.damaged-*.db")) - before)
+    answer: dict[str, Any] = {"repaired": bool(aside), "aside": aside, "after": _report(report)}
     if as_json:
         click.echo(json.dumps(answer))
     elif not answer["repaired"]:
-        click.echo(f"all is whole: {answer['before']['readings']:,} readings; nothing was changed")
+        click.echo(f"all is whole: {answer['after']['readings']:,} readings; nothing was changed")
     else:
         for aside in answer["aside"]:
             click.echo(f"set aside: {aside}")
@@ -296,17 +305,76 @@ def _set_aside(config_path: Path | None, as_json: bool, do: str, ids: tuple[int,
         click.echo("nothing is set aside")
 
 
+async def _repair(config: Config) -> Report:
+    """Open the spool as the gateway does, which sets aside what it can't open, then look at every row."""
+    async with Spool(_spool_settings(config), _route_terms(config)) as spool:
+        report = await spool.verify()
+        if not report.is_whole:
+            await spool.repair("; ".join([report.structure, *report.damaged])[:120])
+            report = await spool.verify()
+        return report
+
+
 def _offline(config_path: Path | None, work: Callable[[Log, Opened], Any]) -> Any:
-    """Do something with the file of a gateway that does not run. Raises SpoolFault where one does."""
-    folder = load(options.config_file(config_path)).data
-    if not (folder / "spool.db").exists():
-        raise SpoolFault(f"{folder / 'spool.db'}: there is none; a gateway makes it when it first runs")
-    log = Log(folder)
-    opened = log.open()
+    """Look at a copy of the file of a gateway that does not run: whatever is met in it, the file stays as it is.
+
+    Raises SpoolFault where a gateway runs, or there is no room for the copy.
+    """
+    config = load(options.config_file(config_path))
+    file = _stored(config)
+    with _alone(config.data), tempfile.TemporaryDirectory(prefix="fieldpost-") as name:
+        try:
+            for suffix in ("", "-wal"):
+                source = file.with_name(file.name + suffix)
+                if source.is_file():
+                    shutil.copyfile(source, Path(name) / source.name)
+        except OSError as error:
+            raise SpoolFault(f"{file} can't be copied to be looked at: {error}; name a folder as TMPDIR") from error
+        log = Log(Path(name))
+        with _quiet():
+            opened = log.open()
+            try:
+                return work(log, opened)
+            finally:
+                log.close()
+
+
+def _stored(config: Config) -> Path:
+    file = config.data / "spool.db"
+    if not file.exists():
+        raise SpoolFault(f"{file}: there is none; a gateway makes it when it first runs")
+    return file
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep a gateway from starting meanwhile. Raises SpoolFault where one runs."""
     try:
-        return work(log, opened)
+        with (folder / "spool.lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            yield
+    except FileNotFoundError:
+        yield
+    except BlockingIOError:
+        raise SpoolFault(f"{folder}: a gateway has this spool open; end it first (systemctl stop fieldpost)") from None
+    except PermissionError as error:
+        raise SpoolFault(f"{error}; run this as the gateway's user, or with sudo") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What we do to a copy is not news."""
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
     finally:
-        log.close()
+        logging.disable(logging.NOTSET)
+
+
+def _verify(log: Log, opened: Opened) -> dict[str, Any]:
+    report = verify(log, _tell)
+    report.damaged += [why.partition(": ")[2] for why in opened.aside]  # of the copy, which was begun anew by `open`
+    return _report(report)
 
 
 def _look(log: Log, opened: Opened) -> dict[str, Any]:

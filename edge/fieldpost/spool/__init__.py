@@ -404,6 +404,11 @@ class Spool:
         await self._commit_all()
         return await self._card.run(verify, self._card.log)
 
+    async def repair(self, why: str) -> None:
+        """Set the file aside, begin a new one, and take over what can be read; what is lost is told as ever."""
+        async with self._committing:
+            await self._begin_again(why)
+
     async def page(self, lane: LaneName, position: int, limit: int) -> tuple[list[Reading], int | None]:
         """Stored readings from a position on, for an export; and where the next page begins, None: at the end."""
         if position == 0:
