@@ -115,6 +115,7 @@ def test_a_replay_adds_what_is_not_outstanding_anyway(
     assert progress.replay(Span(*asked, node, since_ms)) == [], "asked for again, it is sent once"
     if node or since_ms:
         assert whole(progress, HEAD) == model, "a replay is not counted as not confirmed"
+        assert [at for at in range(live) if progress.lacks(at, at + 1)] == sorted(at for at in model if at < live)
 
 
 @given(histories(), ends)

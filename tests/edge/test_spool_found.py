@@ -112,3 +112,12 @@ async def test_a_batch_that_is_pruned_while_the_limits_are_looked_at_is_no_damag
         await spool._commit()
         assert await spool._retention._whole(info) is None
         assert not await spool._retention._give_up_these([info], "max_bytes")
+
+
+async def test_a_replay_that_is_given_up_is_no_gap_for_it_was_delivered_before(tmp_path: Path) -> None:
+    async with spool_in(tmp_path) as spool:
+        await spool.until_safe(spool.append(readings(0, 5)))
+        await confirm_all(spool)
+        await spool.replay("r", 1)
+        assert await spool._retention._give_up(LaneName.BULK, "max_bytes")
+        assert (own(await taken(spool)), (await spool.status()).ledger) == ([], {})

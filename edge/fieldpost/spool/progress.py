@@ -147,6 +147,10 @@ class Progress:
         """Whether something in [first, past) is outstanding."""
         return self.live < past or any(span.first < past and span.past > first for span in self.spans)
 
+    def lacks(self, first: int, past: int) -> bool:
+        """Whether something in [first, past) was never confirmed: replays do not count, they were once."""
+        return self.live < past or any(span.whole and span.first < past and span.past > first for span in self.spans)
+
     def is_inside(self, first: int, past: int) -> bool:
         """Whether [first, past) is partly sent: an edge of something outstanding, or a flight, lies within it."""
         edges = [self.live, *(edge for span in self.spans for edge in (span.first, span.past))]

@@ -593,14 +593,12 @@ class Queue:
 
     def give_up(self, info: Info, readings: list[Reading], why: str) -> None:
         """Delete a batch; what some route still wanted of it becomes gap records."""
-        whose = [
-            route for (route, lane), p in self.everyone() if lane is info.lane and p.touches(info.first, info.past)
-        ]
+        whose = [route for (route, lane), p in self.everyone() if lane is info.lane and p.lacks(info.first, info.past)]
         lost = [
             reading
             for at, reading in enumerate(readings)
             if any(
-                p.touches(info.first + at, info.first + at + 1) for (_, lane), p in self.everyone() if lane is info.lane
+                p.lacks(info.first + at, info.first + at + 1) for (_, lane), p in self.everyone() if lane is info.lane
             )
         ]
         some = f" (route {', '.join(whose)})" if whose and not set(self.routes) <= set(whose) else ""
