@@ -17,7 +17,7 @@ import msgspec
 
 from . import __version__, uplinks
 from .broker import Broker, open_broker
-from .config import Config
+from .config import Config, RouteConfig
 from .control import Verb, open_control
 from .errors import ConfigError, Rejected, Unreachable
 from .forward import Route
@@ -45,7 +45,7 @@ async def run(config: Config) -> None:
     Raises ConfigError, SpoolFault or Unreachable where it can't start; the message says what to do.
     """
     async with Spool(_spool_settings(config), _route_terms(config)) as spool:
-        routes = [Route(route, spool, _uplink(config, route.uplink), spool.manifests) for route in config.routes]
+        routes = [Route(route, spool, _uplink(config, route), spool.manifests) for route in config.routes]
         registry = Registry(config.data / "nodes.json")
         async with open_broker(config.broker, config.data / "broker", registry.keys) as broker:
             presence, dating = Presence(), Dating()
@@ -92,9 +92,10 @@ def _route_terms(config: Config) -> list[RouteTerms]:
     ]
 
 
-def _uplink(config: Config, name: str) -> uplinks.Uplink:
-    uplink = next(uplink for uplink in config.uplinks if uplink.name == name)
-    return uplinks.make(uplink, client_id=f"fieldpost-{config.name}-{uplink.name}")
+def _uplink(config: Config, route: RouteConfig) -> uplinks.Uplink:
+    """A connection of the route's own: a broker takes a second one of the same client id for the first, come back."""
+    uplink = next(uplink for uplink in config.uplinks if uplink.name == route.uplink)
+    return uplinks.make(uplink, client_id=f"fieldpost-{config.name}-{route.id}")
 
 
 class View:
