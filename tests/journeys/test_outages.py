@@ -331,3 +331,21 @@ async def test_an_idle_uplink_that_was_lost_comes_back_without_anything_to_send(
     broker.start()
     await until_async(lambda: gateway.status()["routes"][0]["state"] == "up", "it is up again")
     assert "uplink up lost" in gateway.log() and "uplink up is back" in gateway.log()
+
+
+async def test_two_routes_share_a_far_side_without_driving_each_other_off(
+    make_gateway: MakeGateway, broker: Mosquitto
+) -> None:
+    arrivals = Arrivals()
+    async with arrivals.reading(f"{broker.url()}/t"):
+        gateway = make_gateway(uplink(broker.port) + route("one") + route("other"))
+        await asyncio.to_thread(gateway.start)
+        async with OutboxNode(gateway) as node:
+            for _ in range(10):
+                await node.tell(10)
+                await node.all_acked()
+            await confirmed(gateway, "one")
+            await confirmed(gateway, "other")
+            await until_async(lambda: arrivals.repeats == 100, "each row has arrived from both")
+    assert "lost" not in gateway.log()
+    judge(arrivals, 100)
