@@ -27,8 +27,8 @@ JOURNAL_S = 5.0
 """ext4 commits its journal so often when something has changed (mount option `commit`)."""
 
 MB = 1e6
-ROUTE = 'form = "columns"\ngather = "50s"'
-UPLINK = "heartbeat_s = 600"
+ROUTE = 'form = "columns"\ngather = "60s"'
+UPLINK = "heartbeat_s = 1800"
 SPOOL = "linger_s = 60"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 import subprocess
 import sys
@@ -54,7 +55,8 @@ class Bench(Gateway):
         for n in range(count):
             name = f"b{self._made}-{n}"
             enrolled = self.ask("add", node=name)
-            node = make(name, f"{self._made:06x}{n:06x}", n)
+            # Random, as a board's is: what it costs on the line is in the figures.
+            node = make(name, random.Random(name).randbytes(6).hex(), n)
             await node.connect(enrolled["port"], enrolled["key"])
             made.append(node)
         await asyncio.sleep(0.5)
