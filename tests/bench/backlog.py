@@ -200,7 +200,7 @@ def _body(points: list[Point], lived: Lived) -> list[str]:
             million.bytes / million.readings,
             "MB",
             most=30,
-            beside="RabbitMQ 548 (FACTS B2)",
+            beside="RabbitMQ 548, measured earlier",
         ),
         Figure(f"open with {behind}", last.filled.open_s, "s", most=1),
         Figure("RSS of the gateway at the most, from its start to the end of the drain", lived.peak_mb, "MB", most=80),
@@ -209,7 +209,7 @@ def _body(points: list[Point], lived: Lived) -> list[str]:
             lived.ready_s,
             "s",
             most=1,
-            beside="RabbitMQ's shovel 6-9 (FACTS B2)",
+            beside="RabbitMQ's shovel 6-9, measured earlier",
         ),
         *(
             Figure(
@@ -217,7 +217,7 @@ def _body(points: list[Point], lived: Lived) -> list[str]:
                 took,
                 "s",
                 most=1,
-                beside="mosquitto's bridge 4-22",
+                beside="mosquitto's bridge 4-22, measured earlier",
             )
             for away, took in zip(OUTAGES_S, lived.resumed_s, strict=True)
         ),

@@ -106,7 +106,7 @@ async def run(quick: bool) -> str:
             one.rate,
             "readings/s",
             least=FORMS[one.form],
-            beside="mosquitto's bridge 33,000 from RAM, RabbitMQ's shovel 11,000 (FACTS B2)",
+            beside="mosquitto's bridge 33,000 from RAM, RabbitMQ's shovel 11,000, measured earlier",
         )
         for one in seen
     ]

@@ -230,9 +230,21 @@ def _body(seen: dict[str, Day], sent: Month, factor: float) -> list[str]:
     """The section's lines."""
     per_minute = sent.traffic.ip / sent.minutes
     wanted = [
-        Figure("card, line up", seen["line up"].card_mb, "MB a day", most=5, beside="others 208-354 (DESIGN.md)"),
-        Figure("card, line down", seen["line down"].card_mb, "MB a day", most=150, beside="others 230-1,007"),
-        Figure("line", sent.mb, "MB a month", most=25, beside="others 65-116, without TLS"),
+        Figure(
+            "card, line up",
+            seen["line up"].card_mb,
+            "MB a day",
+            most=5,
+            beside="other gateways 208-354, measured earlier",
+        ),
+        Figure(
+            "card, line down",
+            seen["line down"].card_mb,
+            "MB a day",
+            most=150,
+            beside="other gateways 230-1,007, measured earlier",
+        ),
+        Figure("line", sent.mb, "MB a month", most=25, beside="other gateways 65-116 without TLS, measured earlier"),
     ]
     return [
         *figures(wanted),
