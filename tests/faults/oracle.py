@@ -226,9 +226,9 @@ async def withheld(folder: Path, view: View) -> list[str]:
     faults = []
     async with spool_in(folder, *ROUTES, clock=HandClock()) as spool:
         for route in ROUTES:
-            given = [identity(one) for one in await taken(spool, route)]
-            faults += [f"withheld: {one} from {route}" for one in sorted(view.outstanding[route] - set(given))]
-            faults += [f"from nowhere: {one} for {route}" for one in sorted(set(given) - set(view.stored))]
+            given = {identity(one): one for one in await taken(spool, route)}
+            faults += [f"withheld: {one} from {route}" for one in sorted(view.outstanding[route] - given.keys())]
+            faults += [f"from nowhere: {given[one]} for {route}" for one in sorted(given.keys() - view.stored.keys())]
     return faults
 
 

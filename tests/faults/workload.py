@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import json
+import logging
 import os
 import random
 import secrets
@@ -417,6 +418,7 @@ def said_born(path: Path) -> str:
 
 def serve() -> None:
     """Run what comes on stdin."""
+    logging.disable(logging.CRITICAL)  # thousands of spools say that their disk fails, as it is made to
     fieldpost.spool.RETRY_COMMIT_S = 0.001
     sys.modules["fieldpost.spool.log"].CHECKPOINT_PAGES = CHECKPOINT_PAGES  # type: ignore[attr-defined]
     sys.modules["fieldpost.spool.log"].born = said_born  # type: ignore[attr-defined]
