@@ -7,8 +7,10 @@ import contextlib
 import os
 import random
 import sqlite3
+import subprocess
+import sys
 import zlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import msgspec
 import pytest
 from fieldpost.reading import Reading
 from fieldpost.spool.log import PAGE_BYTES
+from parts import REPO, Gateway
 from spools import INSTALL, KEY, MANIFEST, own, reading, readings, spool_in, taken
 
 from faults import damage
@@ -236,6 +239,107 @@ async def test_a_spool_of_the_first_schema_goes_on_with_all_that_it_held(tmp_pat
         assert [one.reading for one in await spool.refused()] == [reading(3)]
         assert (await spool.status()).ledger["dropped by the node"] == 1
     assert [*tmp_path.glob("spool.damaged-*.db")]
+
+
+# What the operating system forbids: a clear end, and nothing changed.
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB, which only root can mount."""
+    assert os.geteuid() == 0, "only root can mount a small disk: run this as root, as CI does"
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=True)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+async def test_on_a_full_disk_it_starts_or_says_so_and_loses_nothing(
+    killed: Store, small_disk: Path, damaged: bool
+) -> None:
+    killed.put(small_disk, **({"main": flipped(killed.files[MAIN], 7637, 5), "wal": None} if damaged else {}))
+    filler = small_disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    found = await look(small_disk)
+    assert found.started or "the disk is full: make room on it" in found.error, found.error
+    filler.unlink()
+    found = await look(small_disk)
+    assert judge(killed, found) == []
+    if not damaged:
+        assert found.gaps == []
+
+
+async def test_on_a_read_only_file_system_it_says_so_and_that_the_card_may_be_worn(
+    rested: Store, small_disk: Path
+) -> None:
+    rested.put(small_disk)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    found = await look(small_disk)
+    assert not found.started
+    assert str(small_disk) in found.error and "Read-only" in found.error and "worn card" in found.error, found.error
+
+
+def run_as_nobody(folder: Path) -> tuple[int, str]:
+    """Opening a spool, by another user: how it ended, and what it said."""
+    code = (
+        "import asyncio, os, sys\n"
+        f"sys.path[:0] = {[str(REPO / 'tests'), str(REPO / 'edge')]!r}\n"
+        "from pathlib import Path\n"
+        "from fieldpost.errors import SpoolFault\n"
+        "from spools import readings, spool_in\n"
+        "import fieldpost.spool.repair, concurrent.futures.thread\n"
+        "async def main():\n"
+        "    spool = spool_in(Path(sys.argv[1]))\n"
+        "    os.setgid(65534); os.setuid(65534)\n"
+        "    async with spool:\n"
+        "        pass\n"
+        "try:\n"
+        "    asyncio.run(main())\n"
+        "except SpoolFault as fault:\n"
+        "    sys.exit(str(fault))\n"
+    )
+    assert os.geteuid() == 0, "only root can become another user: run this as root, as CI does"
+    for above in (folder, *folder.parents):
+        if Path("/tmp") in above.parents:
+            above.chmod(0o755)
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("what", ["the folder", "the file", "the lock"])
+def test_of_another_owner_it_says_whose_it_is_and_what_to_do(rested: Store, tmp_path: Path, what: str) -> None:
+    folder = tmp_path / "data"
+    rested.put(folder)
+    for path in (folder, *folder.iterdir()):
+        os.chown(path, 65534, 65534)
+    theirs = {"the folder": folder, "the file": folder / MAIN, "the lock": folder / "spool.lock"}[what]
+    theirs.touch()
+    theirs.chmod(0o755 if theirs is folder else 0o600)
+    os.chown(theirs, 0, 0)
+    before = (folder / MAIN).read_bytes()
+    code, said = run_as_nobody(folder)
+    assert code == 1 and "Traceback" not in said and len(said.splitlines()) == 1, said
+    assert str(folder) in said and "chown" in said, said
+    assert (folder / MAIN).read_bytes() == before and not [*folder.glob("spool.damaged-*")]
+
+
+async def test_the_gateway_itself_starts_on_a_damaged_file(rested: Store, make_gateway: Callable[..., Gateway]) -> None:
+    gateway = make_gateway()
+    gateway.data.mkdir()
+    rested.put(gateway.data, main=b"no database at all\n" * 400)
+    gateway.start()
+    assert gateway.status()["spool"]["ledger"] == {"damaged on the card": 1}
+    assert "set aside as spool.damaged-" in gateway.log() and "Traceback" not in gateway.log()
+    gateway.stop()
+    rested.put(gateway.data, main=flipped(rested.files[MAIN], 7637, 5))
+    gateway.start()
+    assert gateway.status()["spool"]["stored"] >= len(rested.stored)
 
 
 # While it runs.
