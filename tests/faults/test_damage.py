@@ -244,13 +244,17 @@ async def test_a_spool_of_the_first_schema_goes_on_with_all_that_it_held(tmp_pat
 # What the operating system forbids: a clear end, and nothing changed.
 
 
+def mount(*words: str) -> None:
+    subprocess.run(["mount", *words], check=True)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MB, which only root can mount."""
     assert os.geteuid() == 0, "only root can mount a small disk: run this as root, as CI does"
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=True)
+    mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk))
     try:
         yield disk
     finally:
@@ -279,7 +283,7 @@ async def test_on_a_read_only_file_system_it_says_so_and_that_the_card_may_be_wo
     rested: Store, small_disk: Path
 ) -> None:
     rested.put(small_disk)
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    mount("-o", "remount,ro", str(small_disk))
     found = await look(small_disk)
     assert not found.started
     assert str(small_disk) in found.error and "Read-only" in found.error and "worn card" in found.error, found.error
