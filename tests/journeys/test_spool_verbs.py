@@ -168,6 +168,8 @@ async def test_repair_refuses_while_the_gateway_runs(gateway: Gateway) -> None:
 async def test_the_verbs_of_a_running_gateway(gateway: Gateway, tmp_path: Path) -> None:
     await filled(gateway, 100)
     assert re.search(r"stored +10\d readings", fieldpost(gateway, "spool", "status"))  # and what the gateway noted
+    seen = (await asyncio.to_thread(as_seen, gateway, "spool", "status")).splitlines()
+    assert max(map(len, seen)) <= 80, seen
     assert "all is whole" in fieldpost(gateway, "spool", "verify")
     assert fieldpost(gateway, "spool", "export", "--output", str(tmp_path / "out")).endswith(f"in {tmp_path / 'out'}\n")
     assert len((tmp_path / "out").read_text().splitlines()) >= 100

@@ -10,6 +10,7 @@ import logging
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,7 +64,15 @@ def status_(config_path: Path | None, as_json: bool) -> None:
         click.echo(json.dumps(answer))
         return
     for line in lines(answer):
-        click.echo(line)
+        click.echo(_fitted(line))
+
+
+def _fitted(line: str) -> str:
+    """A line as wide as the terminal at the most, where there is one; what is left hangs under its second column."""
+    if not sys.stdout.isatty():
+        return line
+    columns = shutil.get_terminal_size().columns
+    return textwrap.fill(line, columns, subsequent_indent=" " * 13, break_on_hyphens=False)
 
 
 def lines(spool: dict[str, Any]) -> Iterator[str]:
