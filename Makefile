@@ -31,6 +31,7 @@ quick: $(VENV)/test.stamp $(UPY)/umqtt/simple.py
 prove: servers $(VENV)/test.stamp $(UPY)/umqtt/simple.py
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.faults
+	$(BIN)/python -m tests.faults.damage
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
