@@ -87,7 +87,8 @@ def lines(spool: dict[str, Any]) -> Iterator[str]:
         parts = f"{waiting['urgent']} urgent, {waiting['live']} live, {waiting['backfill']} backfill"
         old = waiting["oldest_ms"]
         oldest = f", oldest {age(max(0.0, time.time() - old / 1000))}" if old and count else ""
-        yield f"waiting      {route or 'no route'}: {count:,} readings ({parts}), {waiting['bytes'] / 1e6:.1f} MB{oldest}"
+        size = f"{waiting['bytes'] / 1e6:.1f} MB"
+        yield f"waiting      {route or 'no route'}: {count:,} readings ({parts}), {size}{oldest}"
     for route, count in sorted(spool["removed"].items()):
         yield f"waiting      {route}: {count:,} readings; the route is not configured any more, they are kept for it"
     if spool.get("hours_until_full") is not None:
