@@ -420,7 +420,8 @@ CATALOGUE = (
             Edit(
                 SPOOL + "log.py",
                 '            self.close()\n            raise SpoolFault(f"{self.path}: {_advice(self.path, error)}")',
-                '            create(db := connect(Path(":memory:")))\n            self._db = db\n'
+                '            self._db = sqlite3.connect(":memory:", isolation_level=None)\n'
+                "            create(self._db)\n"
                 "            return self._state()\n            raise error",
             ),
         ),
