@@ -224,7 +224,7 @@ async def test_a_routes_ttl_gives_up_for_that_route_only_and_says_so(
     ):
         gateway = make_gateway(
             uplink(line.port, "short") + uplink(line.port, "long")
-            + route("short", "short", ttl="2s") + route("long", "long"),
+            + route("short", "short", ttl="5s") + route("long", "long"),
             spool="linger_s = 0.1",
         )  # fmt: skip
         await asyncio.to_thread(gateway.start)
@@ -234,8 +234,9 @@ async def test_a_routes_ttl_gives_up_for_that_route_only_and_says_so(
             await node.all_acked()
             # Each row is at most half a second older than its coming, and the linger is over: it is acknowledged.
             stored = time.monotonic()
-            await until_async(lambda: time.monotonic() - stored > 2.5, "all of them are too old")
+            await until_async(lambda: time.monotonic() - stored > 5.5, "all of them are too old")
             line.mend()
+            await until_async(lambda: {one["state"] for one in gateway.status()["routes"]} == {"up"}, "both are up")
             await node.tell(100)
             await until_async(lambda: waiting(gateway, "short") == waiting(gateway, "long") == 0, "nothing waits")
             await until_async(lambda: short.gaps and len(long.seqs()) == 600, "what each is to get has arrived")
