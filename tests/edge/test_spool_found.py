@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from fieldpost.spool import LaneName, RouteTerms
-from spools import MANIFEST, HandClock, confirm_all, own, quiet, readings, spool_in, taken
+from fieldpost.spool.thin import thin
+from spools import MANIFEST, HandClock, confirm_all, own, quiet, reading, readings, spool_in, taken
 
 
 async def test_what_came_while_there_was_no_route_is_sent_when_there_is_one_again(tmp_path: Path) -> None:
@@ -121,3 +122,9 @@ async def test_a_replay_that_is_given_up_is_no_gap_for_it_was_delivered_before(t
         await spool.replay("r", 1)
         assert await spool._retention._give_up(LaneName.BULK, "max_bytes")
         assert (own(await taken(spool)), (await spool.status()).ledger) == ([], {})
+
+
+def test_thinned_rows_keep_their_order_also_where_one_is_missing_among_them() -> None:
+    rows = [reading(seq) for seq in (1, 2, 3, 4, 6, 7, 9, 11, 12)]
+    thinned = thin(rows, {MANIFEST.hash: MANIFEST}, lambda event: reading(0, event=event))
+    assert [one.event.first if one.event else one.seq for one in thinned] == [1, 6, 9, 11]

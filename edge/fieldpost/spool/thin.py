@@ -17,29 +17,28 @@ def thin(
     readings: Iterable[Reading], manifests: Mapping[str, Manifest], record: Callable[[Event], Reading]
 ) -> list[Reading]:
     """The records in the place of `readings`; `record` numbers them. A row alone in its stretch stays as it is."""
+    found: list[list[Reading]] = []
     buckets: dict[tuple[Key, str, int, int], list[Reading]] = {}
-    kept: list[Reading] = []
     for reading in readings:
-        if reading.event is not None or reading.manifest not in manifests:
-            kept.append(reading)
-            continue
         key = (reading.node, reading.install, reading.boot)
         place = (key, reading.manifest, reading.era, reading.uptime_ms // BUCKET_MS)
-        bucket = buckets.setdefault(place, [])
-        if bucket and bucket[-1].seq + 1 != reading.seq:
-            # The record names its rows as a range, so the range must have no hole.
-            buckets[key, reading.manifest, reading.era, -1 - len(buckets)] = bucket
-            buckets[place] = [reading]
-        else:
+        bucket = buckets.get(place)
+        if reading.event is not None or reading.manifest not in manifests:
+            found.append([reading])
+        elif bucket is not None and bucket[-1].seq + 1 == reading.seq:
             bucket.append(reading)
-    for ((node, install, boot), manifest, _, _), rows in buckets.items():
-        if len(rows) == 1:
-            kept.append(rows[0])
-            continue
-        why = f"thinned: {len(rows)} rows"
-        event = Event("thinned", node, install, boot, rows[0].seq, rows[-1].seq, why)
-        kept.append(_summary(record(event), manifest, rows))
-    return kept
+        else:  # a record names its rows as a range, so the range must have no hole
+            found.append([reading])
+            buckets[place] = found[-1]
+    return [_in_place_of(rows, record) for rows in found]
+
+
+def _in_place_of(rows: list[Reading], record: Callable[[Event], Reading]) -> Reading:
+    first, last = rows[0], rows[-1]
+    if first is last:
+        return first
+    event = Event("thinned", first.node, first.install, first.boot, first.seq, last.seq, f"thinned: {len(rows)} rows")
+    return _summary(record(event), first.manifest, rows)
 
 
 def _summary(record: Reading, manifest: str, rows: list[Reading]) -> Reading:
