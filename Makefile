@@ -39,13 +39,14 @@ lint: $(VENV)/test.stamp
 	$(BIN)/mypy
 
 # Debian starts both as services, which the tests do not use: they start their own on free ports. A C compiler makes
-# the shims that fail system calls and hold clocks.
+# the shims that fail system calls and hold clocks; a small file system of their own is filled to the brim.
 servers:
 	@if ! command -v mosquitto >/dev/null && ! [ -x /usr/sbin/mosquitto ] || ! [ -x /usr/sbin/rabbitmq-server ] \
-	  || ! command -v cc >/dev/null || ! [ -e /usr/include/stdio.h ]; then \
+	  || ! command -v cc >/dev/null || ! [ -e /usr/include/stdio.h ] \
+	  || ! command -v mkfs.ext4 >/dev/null && ! [ -x /usr/sbin/mkfs.ext4 ]; then \
 	  set -x; $(SUDO) apt-get update -qq && \
 	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-	    mosquitto rabbitmq-server iproute2 gcc libc6-dev; \
+	    mosquitto rabbitmq-server iproute2 gcc libc6-dev e2fsprogs; \
 	fi
 
 $(VENV)/bin/pip:

@@ -224,12 +224,13 @@ class View:
         for route in self._routes:
             status = msgspec.to_builtins(route.status())
             waiting = spool.routes[route.config.id]
-            # An age only where there is a backlog; the rate is what drains, so it tells only while it drains.
+            # An age only where there is a backlog. What drains is what goes beyond what comes in meanwhile.
             backlog = waiting.readings
             status |= {"backlog": backlog, "backfill": waiting.backfill, "urgent": waiting.urgent}
             status["backlog_bytes"] = waiting.bytes
             status["lag_s"] = max(0.0, (unix_ms - waiting.oldest_ms) / 1000) if backlog and waiting.oldest_ms else 0.0
-            status["drain_min"] = backlog / status["rate"] / 60 if backlog and status["rate"] else None
+            drains = status["rate"] - spool.readings_per_hour / 3600
+            status["drain_min"] = backlog / drains / 60 if backlog and drains > 0 else None
             routes.append(status)
         return {
             "gateway": self._config.name,

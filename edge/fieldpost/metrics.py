@@ -44,7 +44,7 @@ ROUTE = (
     ("route_backfill_readings", "backfill", "of them, left by outages"),
     ("route_backlog_bytes", "backlog_bytes", "of them, on the card"),
     ("route_oldest_age_seconds", "lag_s", "age of the oldest that is not confirmed"),
-    ("route_drain_minutes", "drain_min", "until nothing waits, at the present rate"),
+    ("route_drain_minutes", "drain_min", "until nothing waits, at the present rate beyond what comes in"),
     ("route_rate_readings_per_second", "rate", "confirmed, over the last half minute"),
     ("route_confirmed_total", "confirmed", "readings"),
     ("route_sent_bytes_total", "bytes", "of message bodies"),

@@ -52,7 +52,7 @@ def check(url: str) -> Address:
     if address.scheme.startswith("mqtt"):
         address.check_options("version")
         if not address.path:
-            raise ConfigError(["url: names no topic; write mqtt://host:port/topic, or /# for all"])
+            raise ConfigError(["url: names no topic; write mqtt://host:port/topic, or /%23 for all"])
         if address.option("version", "5") not in VERSIONS:
             raise ConfigError([f"url: version is {' or '.join(VERSIONS)}"])
     else:
