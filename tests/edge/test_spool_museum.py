@@ -331,6 +331,23 @@ async def test_a_mark_whose_bits_changed_is_not_believed_and_no_row_is_taken_twi
         assert own(await taken(spool)) == list(range(7))
 
 
+@pytest.mark.parametrize("key", ["eras", "heads", "clock"])
+async def test_a_bit_that_makes_a_number_of_a_key_is_damage_and_no_reason_not_to_start(
+    tmp_path: Path, key: str
+) -> None:
+    async with spool_in(tmp_path) as spool:
+        await spool.until_safe(spool.append(readings(0, 5)))
+    file = tmp_path / "spool.db"
+    content = bytearray(file.read_bytes())
+    row = content.index(key.encode())
+    # The key's serial type (SQLite's file format, section 2.1) lies before the row: 13 and twice its length is a text.
+    content[content.rindex(13 + 2 * len(key), row - 6, row)] ^= 0x10
+    file.write_bytes(content)
+    async with spool_in(tmp_path) as spool:
+        assert own(await taken(spool)) == list(range(5))
+        assert spool.upto(KEY) == 4
+
+
 async def test_a_damaged_batch_is_a_gap_with_its_rows_and_its_bytes_are_kept(tmp_path: Path) -> None:
     async with spool_in(tmp_path) as spool:
         for first in (0, 10, 20):

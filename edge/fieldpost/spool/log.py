@@ -551,6 +551,7 @@ class Log:
         low, high = bounds(lane)
         start = self._pruned_to.get(lane, low)
         rows = db.execute(self._sql["prunable_batches"], (start, high, PRUNED_AT_ONCE)).fetchall()
+        rows = [row for row in rows if all(isinstance(n, int) for n in row)]  # a damaged one is met when it is read
         for at, past, at_ms in rows:
             first = place_position(at)
             wanted = any(first < end and past > begin for begin, end in prunable.wanted)
@@ -576,7 +577,7 @@ class Log:
             with self._guard():
                 rows = self._opened().execute(self._sql["read_batches"], (low, place(lane, at), high, 2)).fetchall()
             # The one that covers the position or, where that ends before it, the next one.
-            row = next((r for r in rows if place_position(r[0]) > at or r[1] > at or self._decoded(r) is None), None)
+            row = next((r for r in rows if place_position(r[0]) > at or self._decoded(r) is None or r[1] > at), None)
             batch = self._decoded(row) if row is not None else None
             if row is not None and batch is None:
                 if readings:
@@ -853,8 +854,9 @@ def bounds(lane: LaneName) -> tuple[int, int]:
     return place(lane, 0), (int(lane) + 1) << LANE_BITS
 
 
-def crc_of_state(key: str, value: bytes) -> int:
-    return zlib.crc32(value, zlib.crc32(key.encode()))
+def crc_of_state(key: object, value: bytes) -> int:
+    """Of an entry; a flipped bit can make a number of its key, which then has another checksum."""
+    return zlib.crc32(value, zlib.crc32(str(key).encode()))
 
 
 def crc_of_batch(head: Sequence[int], ids: bytes, body: bytes) -> int:
