@@ -69,7 +69,8 @@ async def test_of_what_only_removed_routes_want_alarms_are_given_up_last(tmp_pat
         await confirm_all(spool, "r")
     async with spool_in(tmp_path, "r", full="drop-oldest") as spool:
         assert await spool._retention._forget_delivered()
-        given_up = [event for _, event in spool.queue._work.ledger]
+        await spool._commit()
+        given_up = [event for _, event in await spool.ledger(9)]
         assert given_up and all(event.first != 3 for event in given_up)
 
 
@@ -79,7 +80,8 @@ async def test_what_is_given_up_names_every_route_that_wanted_it_removed_ones_to
         await confirm_all(spool, "b")
     async with spool_in(tmp_path, "a", "b") as spool:
         assert await spool._retention._give_up(LaneName.BULK, "max_bytes")
-        assert [event.why for _, event in spool.queue._work.ledger] == ["given up: max_bytes (route a, old)"]
+        await spool._commit()
+        assert [event.why for _, event in await spool.ledger(9)] == ["given up: max_bytes (route a, old)"]
 
 
 async def test_what_is_given_up_while_there_is_no_route_names_none(tmp_path: Path) -> None:
@@ -88,7 +90,8 @@ async def test_what_is_given_up_while_there_is_no_route_names_none(tmp_path: Pat
     async with spool:
         await spool.until_safe(spool.append(readings(0, 5)))
         assert await spool._retention._give_up(LaneName.BULK, "max_bytes")
-        assert [event.why for _, event in spool.queue._work.ledger] == ["given up: max_bytes"]
+        await spool._commit()
+        assert [event.why for _, event in await spool.ledger(9)] == ["given up: max_bytes"]
 
 
 async def test_a_replay_over_what_is_not_kept_any_more_is_no_damage(tmp_path: Path) -> None:
@@ -122,6 +125,15 @@ async def test_a_replay_that_is_given_up_is_no_gap_for_it_was_delivered_before(t
         await spool.replay("r", 1)
         assert await spool._retention._give_up(LaneName.BULK, "max_bytes")
         assert (own(await taken(spool)), (await spool.status()).ledger) == ([], {})
+
+
+async def test_what_small_batches_had_of_a_boot_is_given_up_in_one_record(tmp_path: Path) -> None:
+    async with spool_in(tmp_path) as spool:
+        for first in range(0, 50, 5):
+            await spool.until_safe(spool.append(readings(first, first + 5)))
+        assert await spool._retention._give_up(LaneName.BULK, "max_bytes")
+        await spool._commit()
+        assert [(event.first, event.last) for _, event in await spool.ledger(9)] == [(0, 49)]
 
 
 def test_thinned_rows_keep_their_order_also_where_one_is_missing_among_them() -> None:

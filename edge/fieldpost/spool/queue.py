@@ -133,6 +133,7 @@ class Queue:
         self._pruned_ms = self._last_commit_ms - PRUNE_EVERY_MS
         self._at_once = False
         self._hurried_ms: int | None = None
+        self._given_up: dict[tuple[str, str, str, int], list[tuple[int, int]]] = {}
         self.observe_clock()
         self._tell_damage(opened)
 
@@ -391,6 +392,7 @@ class Queue:
 
     def plan(self) -> Commit:
         """What the next transaction writes. Tell `done` or `failed` what has become of it, before the next one."""
+        self._tell_given_up()
         self._hurried_ms, self._at_once = None, False
         now = self.age_ms()
         writes, left = [], COMMIT_LIMIT
@@ -592,7 +594,7 @@ class Queue:
                 self.note(Event("thinned", node, install, boot, low, high, "thinned: minimum, maximum, mean and count"))
 
     def give_up(self, info: Info, readings: list[Reading], why: str) -> None:
-        """Delete a batch; what some route still wanted of it becomes gap records."""
+        """Delete a batch; what some route still wanted of it becomes gap records with the next commit."""
         whose = [route for (route, lane), p in self.everyone() if lane is info.lane and p.lacks(info.first, info.past)]
         lost = [
             reading
@@ -610,8 +612,19 @@ class Queue:
             if lane is info.lane:
                 self._note_removed(route, lane)
         for node, install, boot, low, high in ids_of(lost):
-            self.report(Event("gap", node, install, boot, low, high, f"given up: {why}{some}"))
+            known = self._given_up.setdefault((f"given up: {why}{some}", node, install, boot), [])
+            if known and known[-1][1] + 1 == low:
+                known[-1] = (known[-1][0], high)
+            else:
+                known.append((low, high))
         self._work.deleted.append(info)
+
+    def _tell_given_up(self) -> None:
+        """One record for what several batches had of a boot: many small ones must not cost what they free."""
+        given_up, self._given_up = self._given_up, {}
+        for (why, node, install, boot), ranges in given_up.items():
+            for low, high in ranges:
+                self.report(Event("gap", node, install, boot, low, high, why))
 
     def forget_delivered(self, info: Info) -> None:
         """Delete a batch that every route has confirmed."""
