@@ -76,13 +76,15 @@ def scratch() -> Iterator[Path]:
 
 
 FALSE_ALARM = "has lost its write-ahead log, which was there when it was last used"
-"""What a spool may say after a cut where the order of two names was not to be had, since a folder's sync failed: it
-sets its file aside, and takes everything over."""
+"""What a spool may say after a cut where the order of two names was not to be had, since the disk did not delete the
+one or sync their folder: it sets its file aside, and takes everything over."""
 
 
-def _is_folder_that_is_not_synced(before: Event, event: Event) -> bool:
+def _leaves_names_in_disorder(before: Event, event: Event) -> bool:
     if event.call is Call.OPEN:
         return event.failed and event.path == "spool"
+    if event.call is Call.UNLINK:
+        return event.failed and event.path == "spool/spool.open"
     return event.call is Call.FSYNC and event.failed and before.call is Call.OPEN and before.fd == event.fd
 
 
@@ -98,7 +100,7 @@ class Judge:
     def judge(self, events: Sequence[Event], what: str, points: Sequence[int] | None = None) -> None:
         """Cut the power behind each event (or behind those at `points` only), and see what is owed."""
         disk, history = Disk(), History()
-        false_alarm = FALSE_ALARM if any(_is_folder_that_is_not_synced(*pair) for pair in pairwise(events)) else None
+        false_alarm = FALSE_ALARM if any(_leaves_names_in_disorder(*pair) for pair in pairwise(events)) else None
         wanted = set(range(len(events)) if points is None else points)
         for number, event in enumerate(events):
             disk.feed(event)
