@@ -17,7 +17,8 @@ help:
 	@echo "make demo [SECONDS=40]  the whole way on this machine: no hardware, no root"
 	@echo "make test               install what the tests need (mosquitto, rabbitmq by apt), then run everything"
 	@echo "make quick              the quick part of the tests"
-	@echo "make prove              benchmarks and long proofs; writes tests/bench/RESULTS.md, tests/faults/REPORT.md"
+	@echo "make prove              long proofs and benchmarks, some hours; writes tests/mutations/REPORT.md,"
+	@echo "                        tests/faults/DAMAGE.md, CRASH.md, REPORT.md and tests/bench/RESULTS.md"
 
 demo: $(VENV)/demo.stamp $(UPY)/umqtt/simple.py
 	@FIELDPOST_UMQTT=$(CURDIR)/$(UPY) $(BIN)/fieldpost demo $(if $(SECONDS),--seconds $(SECONDS))
@@ -29,8 +30,12 @@ quick: $(VENV)/test.stamp $(UPY)/umqtt/simple.py
 	$(BIN)/python -m pytest -m "not slow"
 
 prove: servers $(VENV)/test.stamp $(UPY)/umqtt/simple.py
-	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.edge.test_spool_model
+	$(BIN)/python -m tests.mutations
+	$(BIN)/python -m tests.faults.damage
+	$(BIN)/python -m tests.faults.crash
 	$(BIN)/python -m tests.faults
+	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.faults.damage
 
 lint: $(VENV)/test.stamp
@@ -52,12 +57,12 @@ servers:
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/demo.stamp: $(VENV)/bin/pip pyproject.toml $(shell find edge device -name '*.py' -o -name '*.sql')
+# Editable, so that a change is seen without another install, by the demo and by the tests.
+$(VENV)/demo.stamp: $(VENV)/bin/pip pyproject.toml
 	@echo "installing into $(VENV) ..."
-	@$(BIN)/pip install --quiet --disable-pip-version-check '.[demo]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo]'
 	@touch $@
 
-# Editable, so that a change is tested without another install.
 $(VENV)/test.stamp: $(VENV)/bin/pip pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
