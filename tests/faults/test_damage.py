@@ -45,7 +45,7 @@ def made(build: Callable[[Path], Coroutine[None, None, Store]], folder: Path) ->
         return thread.submit(lambda: asyncio.run(build(folder))).result()
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(800, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [12, pytest.param(250, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", damage.STORES)
 async def test_a_flipped_bit_costs_no_more_than_its_own_batch_and_never_makes_a_wrong_value(
     kind: str, count: int, tmp_path: Path, request: pytest.FixtureRequest
@@ -57,7 +57,7 @@ async def test_a_flipped_bit_costs_no_more_than_its_own_batch_and_never_makes_a_
     assert total.faults == [], f"DAMAGE_SEED={SEED}"
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [12, pytest.param(150, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", damage.STORES)
 async def test_a_file_that_was_cut_short_is_read_as_far_as_it_goes(
     kind: str, count: int, tmp_path: Path, request: pytest.FixtureRequest

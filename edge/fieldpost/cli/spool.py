@@ -179,7 +179,7 @@ def _export_offline(log: Log, opened: Opened, file: TextIO) -> int:
     manifests = {manifest.hash: manifest for manifest in opened.manifests}
 
     def page(lane: LaneName, position: int) -> dict[str, Any]:
-        for info in log.infos(lane, position, limit=1, covering=True) + log.infos(lane, position, limit=1):
+        for info in log.infos(lane, position, limit=3, covering=True) or log.infos(lane, position, limit=-1):
             if info.past > position:
                 start = max(position, info.first)
                 piece = log.read(lane, start, info.past, PAGE_READINGS)

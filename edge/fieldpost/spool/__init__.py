@@ -414,11 +414,11 @@ class Spool:
         if position == 0:
             await self._commit_all()
         end = self.queue.lanes[lane].committed
-        infos = await self._look(self._card.log.infos, lane, position, limit=1, covering=True)
-        start = max(position, infos[0].first) if infos else end
-        if infos and infos[0].past <= position:  # between two batches
-            infos = await self._look(self._card.log.infos, lane, position, limit=1)
-            start = infos[0].first if infos else end
+        for few in (3, -1):  # a damaged row may hide the next
+            infos = await self._look(self._card.log.infos, lane, position, limit=few, covering=True)
+            start = next((max(position, info.first) for info in infos if info.past > position), end)
+            if start < end:
+                break
         if start >= end:
             return [], None
         piece: Piece = await self._look(self._card.log.read, lane, start, end, limit)

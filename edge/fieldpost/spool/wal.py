@@ -19,8 +19,6 @@ MAGIC = 0x377F0682
 VERSION = 3_007_000
 HEADER_BYTES, FRAME_BYTES = 32, 24
 WORD = 1 << 32
-MOST_PAGES = 1 << 24
-"""Sixteen GB of pages: a larger number is none of ours."""
 
 Sum = tuple[int, int]
 
@@ -73,7 +71,9 @@ def mend(content: bytes, page_bytes: int) -> Mended:
     for number, frame in enumerate(frames):
         if not _alike(frame.salts, salts) and not _has_later_commit(frames, number, salts):
             break
-        wrong = _flips(frame, seed, salts, order, frames[number + 1] if number + 1 < len(frames) else None)
+        following = frames[number + 1] if number + 1 < len(frames) else None
+        most = max((other.commit for other in frames if other is not frame), default=0)
+        wrong = _flips(frame, seed, salts, order, following, most)
         if wrong is None and not _has_later_commit(frames, number, salts):
             break  # torn: nobody was told that it is safe
         if wrong is None:
@@ -148,9 +148,12 @@ def _stored(header: bytes) -> Sum:
     return one, two
 
 
-def _flips(frame: _Frame, seed: Sum | None, salts: bytes, order: str, following: _Frame | None) -> int | None:
+def _flips(
+    frame: _Frame, seed: Sum | None, salts: bytes, order: str, following: _Frame | None, most: int
+) -> int | None:
     """How many bits of a frame had to be put right: 0 or 1. None: it is damaged beyond that.
 
+    `most`: how many pages the file has by the other frames; a number beyond that is the one that flipped.
     Without a seed (the frame before is lost) the frame is taken as it is: the rows have checksums of their own.
     A flipped bit of the second sum looks like one of the last word; the frame behind knows, and where there is none
     the page is left as it is.
@@ -175,8 +178,9 @@ def _flips(frame: _Frame, seed: Sum | None, salts: bytes, order: str, following:
         return 1
     if not pages:
         return None
-    if frame.page >= MOST_PAGES or frame.commit >= MOST_PAGES:
-        pages = [page for page in pages if max(struct.unpack_from(">II", page)) < MOST_PAGES]
+    if max(frame.page, frame.commit) > most:
+        sane = [page for page in pages if max(struct.unpack_from(">II", page)) <= most]
+        pages = sane if len(sane) == 1 else pages
     if len(pages) == 1:
         frame.page, frame.commit = struct.unpack_from(">II", pages[0])
         frame.body = pages[0][8:]
