@@ -273,7 +273,10 @@ async def attempt(store: Store, damage: Damage, folder: Path, *, most_lost: int 
     content = damage.apply(store.files[name])
     store.put(folder, **{damage.which: content})
     try:
-        found = await look(folder)
+        try:
+            found = await look(folder)
+        except Exception as error:  # a bug: it would end the gateway, and again at each start
+            found = Found(error=repr(error))
         faults = judge(store, found, most_lost=most_lost)
         faults += nothing_deleted(folder, store.files | {name: content})
     finally:

@@ -239,7 +239,9 @@ def remember_rows(db: sqlite3.Connection) -> None:
     """Have the marks know every row that is stored: an entry that was lost must not let in a row a second time."""
     sql = statements()
     marks = Marks()
-    for key, upto, beyond in load({str(k): bytes(v) for k, v, _ in db.execute(sql["load_state"])}).marks:
+    rows = db.execute(sql["load_state"]).fetchall()
+    whole = {key: value for key, value, crc in rows if isinstance(value, bytes) and crc_of_state(key, value) == crc}
+    for key, upto, beyond in load(whole).marks:
         marks.load(key, upto, beyond)
     for (blob,) in db.execute(sql["list_ids"]):
         for node, install, boot, first, last in ids_in(blob):
