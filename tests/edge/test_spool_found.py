@@ -140,3 +140,20 @@ def test_thinned_rows_keep_their_order_also_where_one_is_missing_among_them() ->
     rows = [reading(seq) for seq in (1, 2, 3, 4, 6, 7, 9, 11, 12)]
     thinned = thin(rows, {MANIFEST.hash: MANIFEST}, lambda event: reading(0, event=event))
     assert [one.event.first if one.event else one.seq for one in thinned] == [1, 6, 9, 11]
+
+
+async def test_what_one_of_two_uplinks_refused_is_not_safe_before_that_is_written(tmp_path: Path) -> None:
+    clock = HandClock()
+    async with spool_in(tmp_path, "a", "b", clock=clock) as spool:
+        for route in "ab":
+            spool.link(route, up=True, durable=True)
+        ticket = spool.append([reading(0)])
+        await confirm_all(spool, "a")
+        batch = await spool.take("b", "live", 9)
+        assert batch is not None
+        spool.set_aside("b", batch.readings[0], "too large")
+        spool.confirm("b", batch)
+        assert not spool.is_safe(ticket)  # a power cut now would leave no trace of it for b
+        clock.pass_ms(1000)
+        await quiet(spool)
+        assert spool.is_safe(ticket)

@@ -632,6 +632,8 @@ class Queue:
 
     def set_aside(self, route: str, reading: Reading, reason: str) -> None:
         """`route`'s far side refused this reading for good: keep it to be looked at, and say so upstream."""
+        for lane in self.lanes.values():
+            lane.write_to = lane.head  # who was refused is known here only: nothing is safe before that is written
         self._work.refused.append(Refusal(self._clock.unix_ms(), route, reason[:500], reading))
         self.set_aside_count += 1
         if reading.event is None:  # never a gap record about a refused gap record: that would not end
