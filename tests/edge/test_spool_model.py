@@ -293,7 +293,12 @@ class Gateway(RuleBasedStateMachine):
             works.append(self.card.failing.work)
         rows = self.card.log._opened().execute("SELECT node, install, boot, first, last, why FROM ledger")
         kept = [Event("thinned" if row[5].startswith("thinned") else "gap", *row) for row in rows]
-        return kept + [event for work in works for _, event in work.ledger]
+        given_up = [
+            Event("gap", node, install, boot, first, last, why)
+            for (why, node, install, boot), ranges in self.spool.queue._given_up.items()
+            for first, last in ranges
+        ]
+        return kept + given_up + [event for work in works for _, event in work.ledger]
 
     def named(self, route: str) -> set[str]:
         """Who was given up for a route, by name."""
@@ -679,6 +684,7 @@ class Gateway(RuleBasedStateMachine):
         self.opens(routes)
 
     def forget_links(self) -> None:
+        self.places = {at: one for at, one in self.places.items() if one in self.reference.card}
         if self.inherited:  # these routes were there for so short a time that nobody has put it down
             for route in self.routes:
                 self.reference.owed[route] -= self.inherited
@@ -726,7 +732,7 @@ class Gateway(RuleBasedStateMachine):
             word, ids = event.why.split(":")[0], ids_of_event(event)
             assert word != "damaged on the card", event
             concerned = [route for route in self.reference.owed if concerns(event, route)]
-            if word in ("expired", "set aside", "given up"):
+            if word in ("expired", "given up"):  # a replay may be refused too
                 lacking = [one for one in ids if any(self.lacks(route, one) for route in concerned)]
                 assert ids == set(lacking), f"{event}: but they have {sorted(ids - set(lacking))}"
             if word == "expired":
