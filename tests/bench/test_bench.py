@@ -122,9 +122,9 @@ def test_empty_column_of_a_table_is_left_out() -> None:
 
 
 def test_part_of_a_day_is_scaled_to_a_whole_one() -> None:
-    half = Day(DAY_S / 2, 7_200, 7_200, 2_000_000, 50, 10.0, 0)
-    assert half.card_mb == 4.0
-    assert half.row("half") == ["half", "12.00", "7,200", "7,200", "4.00", "278", "100", "20"]
+    half = Day(DAY_S / 2, 7_200, 7_200, 2_000_000, 500_000, 50, 10.0, 0)
+    assert half.card_mb == 4.5  # it ends once
+    assert half.row("half") == ["half", "12.00", "7,200", "7,200", "4.50", "312", "100", "20"]
 
 
 def test_month_holds_its_minutes_and_one_lost_link_a_day() -> None:
