@@ -37,7 +37,7 @@ SUBSETS = 3
 """Random subsets of what is pending, at each point."""
 
 AGAIN_EVERY = 5
-"""Every so manieth image is opened twice, and once more by a whole `Spool`."""
+"""Every so many images one is opened twice, and once more by a whole `Spool`."""
 
 
 @dataclass

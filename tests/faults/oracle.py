@@ -6,7 +6,6 @@ them. No cleverness: sets of identities.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from fieldpost.spool import LaneName, RouteTerms, Terms
 from fieldpost.spool.log import Log, born
 from fieldpost.spool.progress import Progress
 from fieldpost.spool.queue import Queue
-from spools import INSTALL, HandClock, spool_in, taken
+from spools import HandClock, spool_in, taken
 
 from faults.recording import Image, lay_out
 from faults.workload import ROUTES, Id, identity, row
@@ -230,11 +229,3 @@ async def withheld(folder: Path, view: View) -> list[str]:
             faults += [f"withheld: {one} from {route}" for one in sorted(view.outstanding[route] - given.keys())]
             faults += [f"from nowhere: {given[one]} for {route}" for one in sorted(given.keys() - view.stored.keys())]
     return faults
-
-
-def as_text(image: Image) -> str:
-    """An image in a few words, for a report."""
-    return f"{image.how}: " + json.dumps({n: None if c is None else len(c) for n, c in image.files.items()})
-
-
-__all__ = ["INSTALL", "History", "View", "as_text", "look", "owed", "put", "withheld"]
