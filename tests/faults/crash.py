@@ -37,7 +37,7 @@ SUBSETS = 3
 """Random subsets of what is pending, at each point."""
 
 AGAIN_EVERY = 5
-"""Every so many images one is opened twice, and once more by a whole `Spool`."""
+"""Of so many images one is opened twice, and once more by a whole `Spool`."""
 
 
 @dataclass
