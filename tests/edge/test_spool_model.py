@@ -3,19 +3,26 @@
 The real spool on real SQLite: only its thread and its clock are the test's own, so that what happens between two
 steps of the spool is drawn too. Nodes behave as ours do, the glue of `Gateway` is what ingest and forward do.
 
-python tests/edge/test_spool_model.py [examples] [steps]    others each time; a failure is made short
+python -m tests.edge.test_spool_model [--examples 5000] [--steps 60] [--seed N]    writes MODEL.md beside this file
+
+runs others each time; a failing one is made short, and comes again by its seed.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import logging
+import os
+import platform
 import random
 import secrets
 import shutil
+import sqlite3
 import sys
 import tempfile
+import time
 import types
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Generator, Iterable
@@ -31,7 +38,7 @@ from fieldpost.reading import GATEWAY, Event, Reading
 from fieldpost.spool import Batch, Kind, LaneName, Limits, RouteTerms, Ticket
 from fieldpost.spool.card import Card
 from fieldpost.spool.log import Commit, decode_row, place_position
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -881,7 +888,31 @@ def test_whatever_happens_for_longer_what_was_acknowledged_is_delivered_or_named
     assert [corner for corner in CORNERS if not SEEN[corner]] == []
 
 
+def report(examples: int, steps: int, chosen: int, took_s: float) -> str:
+    lines = [
+        "# The spool against plain sets of ids",
+        "",
+        f"{time.strftime('%Y-%m-%d %H:%M')}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, Python "
+        f"{platform.python_version()}, SQLite {sqlite3.sqlite_version}. Written by `make prove`",
+        f"(`python -m tests.edge.test_spool_model --seed {chosen}`): {examples:,} runs of up to {steps} steps in "
+        f"{took_s:.0f} s; nobody was let down.",
+        "",
+        "| in them | times |",
+        "|---|---|",
+    ]
+    return "\n".join([*lines, *(f"| {what} | {times:,} |" for what, times in SEEN.most_common())]) + "\n"
+
+
 if __name__ == "__main__":
-    prove(*map(int, [*sys.argv[1:], "1000", "60"][:2]))
-    for what, times in SEEN.most_common():
-        print(f"{times:9d} {what}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
+    chosen = parser.parse_args()
+    print(f"seed {chosen.seed}", flush=True)
+    began = time.monotonic()
+    seed(chosen.seed)(Gateway)
+    prove(chosen.examples, chosen.steps)
+    told = report(chosen.examples, chosen.steps, chosen.seed, time.monotonic() - began)
+    Path(__file__).with_name("MODEL.md").write_text(told)
+    print(told)

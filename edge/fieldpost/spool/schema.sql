@@ -1,6 +1,7 @@
 -- The spool's tables (schema 2). A position is the place of a reading in its lane, in the order in which the gateway
--- took it: an integer from 0 that is never used twice within a generation. `crc` is CRC-32 over everything else in a
--- row: SQLite has no checksum of its own and would hand out flipped bits.
+-- took it: an integer from 0. One that was given to a reading that never came to the card is given again after a crash;
+-- among those that did, none is used twice within a generation. `crc` is CRC-32 over everything else in a row: SQLite
+-- has no checksum of its own and would hand out flipped bits.
 
 -- One row a commit and lane: the readings at positions [first, past), the columns of codec.py in `body`. The lanes
 -- lie one behind the other: place = lane << 56 | first. `count` is smaller than past - first where rows were thinned.
