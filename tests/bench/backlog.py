@@ -19,7 +19,7 @@ from .hoard import Seen, in_process
 from .load import Publisher
 from .meters import folder_bytes, rss_mb, scratch
 from .plot import plot
-from .report import Figure, figures, number, prose, section, table
+from .report import QUICK, Figure, figures, number, prose, section, table
 
 TITLE = "what a backlog costs as it grows"
 HERE = Path(__file__).parent
@@ -174,7 +174,7 @@ async def run(quick: bool) -> str:
             rabbit.delete("backlog")
     print(f"  {lived}", file=sys.stderr)
     (HERE / "backlog.svg").write_text(drawn(points))
-    return section("backlog", TITLE, _body(points, lived), "A quick run." if quick else "")
+    return section("backlog", TITLE, _body(points, lived), QUICK if quick else "")
 
 
 def drawn(points: list[Point]) -> str:

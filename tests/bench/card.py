@@ -13,7 +13,7 @@ from servers import Mosquitto, shared_rabbitmq
 from .gateway import Bench, route, to_nobody, to_rabbitmq
 from .load import STATION, Node, Publisher, Walk, manifest
 from .meters import Disk, folder_bytes, scratch
-from .report import Figure, figures, prose, section, table
+from .report import QUICK, Figure, figures, prose, section, table
 
 TITLE = "bytes that reach the disk for a reading of 120 bytes, at 50 a second"
 NODES = 20
@@ -159,4 +159,4 @@ async def run(quick: bool) -> str:
             a node holds on to what is not acknowledged, so a longer linger loses nothing."""
         ),
     ]
-    return section("card", TITLE, body)
+    return section("card", TITLE, body, QUICK if quick else "")

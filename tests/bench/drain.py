@@ -14,7 +14,7 @@ from servers import RabbitMQ, shared_rabbitmq
 from .gateway import Bench, route, to_rabbitmq
 from .hoard import in_process
 from .meters import cpu_seconds, rss_mb, scratch
-from .report import Figure, figures, number, prose, section, table
+from .report import QUICK, Figure, figures, number, prose, section, table
 
 TITLE = "a backlog of a million on its way to RabbitMQ"
 FORMS = {"senml": 50_000, "columns": 100_000}
@@ -121,4 +121,4 @@ async def run(quick: bool) -> str:
         ),
         *profiles,
     ]
-    return section("drain", TITLE, body, "A quick run." if quick else "")
+    return section("drain", TITLE, body, QUICK if quick else "")

@@ -16,7 +16,7 @@ from servers import RabbitMQ, shared_rabbitmq
 from .gateway import Bench, Gate, route, to_nobody, to_rabbitmq
 from .load import CLIMATE, Node, Walk, manifest
 from .meters import Disk, Line, Traffic, cpu_seconds, folder_bytes, scratch
-from .report import Figure, figures, prose, section, table
+from .report import QUICK, Figure, figures, prose, section, table
 
 TITLE = "ten nodes, three channels, a reading a minute each"
 NODES = 10
@@ -228,7 +228,7 @@ async def run(quick: bool) -> str:
         seen |= await checked
         for queue in ("farm", "farm-check"):
             rabbit.delete(queue)
-    return section("farm", TITLE, _body(seen, sent, factor))
+    return section("farm", TITLE, _body(seen, sent, factor), QUICK if quick else "")
 
 
 def _said(*settings: str) -> str:
@@ -267,9 +267,10 @@ def _body(seen: dict[str, Day], sent: Month, factor: float) -> list[str]:
             written; so the benchmark calls syncfs(2) every {1000 * JOURNAL_S / factor:.0f} ms, which commits the
             journal (and writes what is dirty, sooner than the kernel would) as often a day as ext4 does at the most.
             The same in real time, scaled to a day, is the check; there files still grow, and ten minutes hold none of
-            the commits that are made every fifteen. A clean end's writes count once a day. RabbitMQ's clock is not a fast one either: the fast day has no heartbeats,
-            and since a confirmation of 50 ms takes {factor * 0.05:.0f} s of it, {_said(FAST_ROUTE.splitlines()[1])}.
-            Settings otherwise: {_said(ROUTE, SPOOL)}."""
+            the commits that are made every fifteen. A clean end's writes count once a day. RabbitMQ's clock is not a
+            fast one either: the fast day has no heartbeats, and since a confirmation of 50 ms takes
+            {factor * 0.05:.0f} s of it, {_said(FAST_ROUTE.splitlines()[1])}. Settings otherwise:
+            {_said(ROUTE, SPOOL)}."""
         ),
         "",
         *prose(

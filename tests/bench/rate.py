@@ -20,7 +20,7 @@ from servers import Mosquitto, shared_rabbitmq
 from .gateway import Bench, route, to_mqtt, to_nobody, to_rabbitmq
 from .load import Node, Publisher, now_us
 from .meters import cpu_seconds, rss_mb, scratch
-from .report import Figure, figures, number, prose, section, table
+from .report import QUICK, Figure, figures, number, prose, section, table
 
 TITLE = "readings a second, and what one costs"
 NODES = 20
@@ -437,4 +437,4 @@ async def run(quick: bool) -> str:
         *_compared(all_seen),
         *profiles,
     ]
-    return section("rate", TITLE, body)
+    return section("rate", TITLE, body, QUICK if quick else "")

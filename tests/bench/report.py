@@ -20,6 +20,8 @@ what machine. Load generator, all brokers and the far side share that machine, s
 figures that the spool was built for; what is missed shows where the time goes.
 """
 
+QUICK = "A quick run, not for the record."
+
 
 @dataclass(frozen=True, slots=True)
 class Figure:

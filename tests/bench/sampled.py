@@ -2,7 +2,7 @@
 
     python tests/bench/sampled.py OUT run --config gateway.toml
 
-The kernel's profiling timer interrupts it every 2 ms of processor time (of all its threads); what Python stands at
+The kernel's profiling timer interrupts it every few ms of processor time (of all its threads); what Python stands at
 then is counted, so it costs little and a call into C counts for whoever made it.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import signal
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from types import FrameType
@@ -37,7 +38,7 @@ def sample(out: Path) -> None:
         signal.setitimer(signal.ITIMER_PROF, 0)
         total = sum(own.values()) or 1
         ours = Counter({name: count for name, count in below.items() if name.split("/")[0] in OURS})
-        lines = [f"{total} samples, {total * EVERY_S:.1f} s of processor time", "  own  with calls  where"]
+        lines = [f"{total} samples, {time.process_time():.1f} s of processor time", "  own  with calls  where"]
         for name, _ in [*own.most_common(10), ("", 0), *ours.most_common(20)]:
             share = f"{100 * own[name] / total:4.1f}%      {100 * below[name] / total:5.1f}%  {name}"
             lines.append(share if name else "of Fieldpost, by what they take with their calls:")
