@@ -218,6 +218,7 @@ class Log:
 
     def _open(self) -> Opened:
         with self._guard():
+            finished = self._finish_rebuild()
             if self.path.is_dir():
                 raise SpoolBroken("is a directory")
             old = self._marker()
@@ -246,8 +247,11 @@ class Log:
             if version == 0 or not opened.generation or restored:
                 # What has this identity may be elsewhere and go on there: two spools must not number alike.
                 opened.generation, opened.boot = secrets.token_hex(6), 1
-                if restored:
+                if restored and not finished:
                     log.warning("%s is a copy; it goes on as generation %s", self.path, opened.generation)
+            if finished:
+                opened.is_doubtful = True
+                opened.aside.append(f"{finished}: was set aside before a power cut")
             self._begin(opened)
             return opened
 
@@ -279,16 +283,14 @@ class Log:
             return
         if mended.is_headless and self._has(*committed(mended.content, PAGE_BYTES)):
             return  # cut off while it began anew, which it does when the main file has all of it
+        if mended.lost:  # what is left of it must not be taken for all, so it stays as it is until it was taken over
+            raise SpoolBroken(f"has lost {mended.lost} pages of its write-ahead log")
         aside = self._aside()
         _write_durably(aside.with_name(aside.name + "-wal"), content)
         new = wal.with_name(wal.name + ".new")
         _write_durably(new, mended.content)
         new.replace(wal)
-        log.error(
-            "%s: %d flipped bits, %d pages lost; what it was is %s-wal", wal, mended.bits, mended.lost, aside.name
-        )
-        if mended.lost:
-            raise SpoolBroken(f"has lost {mended.lost} pages of its write-ahead log")
+        log.error("%s: %d flipped bits put right; what it was is %s-wal", wal, mended.bits, aside.name)
 
     def _has(self, pages: Mapping[int, bytes], past: int) -> bool:
         """Whether the main file, of `past` pages, holds these as they are here."""
@@ -315,7 +317,7 @@ class Log:
             try:
                 _write_durably(new, content)
                 new.replace(wal)
-                _sync_folder(wal.parent)
+                _sync(wal.parent)
             except OSError as error:
                 new.unlink(missing_ok=True)
                 if error.errno != errno.ENOSPC:
@@ -336,7 +338,7 @@ class Log:
         """Before SQLite empties or deletes the log; on the disk too, so that no power cut leaves only the mark."""
         if self._is_open_path.exists():
             self._is_open_path.unlink()
-            _sync_folder(self.path.parent)
+            _sync(self.path.parent)
 
     def _begin(self, opened: Opened) -> None:
         """Put down this boot before anything is numbered with it; on a full card, number as somebody else."""
@@ -350,26 +352,24 @@ class Log:
         self._mark(opened.generation)
 
     def rebuild(self, why: str) -> Opened:
-        """Set the file aside, begin a new one, and take over whatever can be read. Nothing is deleted."""
+        """Take over into a new file whatever of this one can be read, and set it aside. Nothing is deleted.
+
+        The old file keeps its name until the new one is whole and on the disk: a power cut begins this anew, or finds
+        it done.
+        """
         self._drop()
         self._is_believed = True
         aside = self._aside()
-        for suffix in ("", "-wal", "-shm"):
-            with contextlib.suppress(FileNotFoundError):
-                self.path.with_name(self.path.name + suffix).rename(str(aside) + suffix)
         log.error("%s %s; set aside as %s, starting a new spool", self.path, why, aside.name)
         try:
+            salvaged = self._make_ready()
+            self._put_in_place(aside)
             self._db = connect(self.path)
-            create(self._db)
-            self.path.chmod(0o600)
-            from .repair import salvage  # it reads what this module writes
-
-            salvaged = salvage(aside, self._db)
-            log.error("%d readings of %s were taken over", salvaged.readings, aside.name)
             opened = self._state()
         except (sqlite3.Error, OSError) as error:
-            self._put_back(aside)
+            self._drop()
             raise SpoolFault(f"{self.path}: {_advice(self.path, error)}") from error
+        log.error("%d readings of %s were taken over", salvaged.readings, aside.name)
         self._is_new = opened.is_doubtful = True
         for lane, ids in salvaged.lost:
             holes = [at for at, ((name, _, _), known) in enumerate(opened.missing) if name is lane and not known]
@@ -382,13 +382,45 @@ class Log:
         opened.aside.append(f"{aside.name}: {why}"[:150])
         return opened
 
-    def _put_back(self, aside: Path) -> None:
-        """No new file could be made: the old one keeps its name, so that it is met again when one can."""
-        self._drop()
-        for suffix in ("", "-wal"):
-            with contextlib.suppress(OSError):
-                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
-                Path(f"{aside}{suffix}").rename(self.path.with_name(self.path.name + suffix))
+    @property
+    def _ready_path(self) -> Path:
+        """A file that is whole, and is to take the place of one that is damaged."""
+        return self.path.with_name("spool.ready.db")
+
+    def _make_ready(self) -> Any:
+        from .repair import salvage  # it reads what this module writes
+
+        new = self.path.with_name("spool.new.db")
+        log_of_new = new.with_name(new.name + "-wal")
+        for left in (new, log_of_new, new.with_name(new.name + "-journal")):  # by a power cut
+            left.unlink(missing_ok=True)
+        with contextlib.closing(connect(new)) as db:
+            create(db)
+            salvaged = salvage(self.path, db)
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        log_of_new.unlink(missing_ok=True)
+        new.chmod(0o600)
+        _sync(new)
+        new.replace(self._ready_path)
+        _sync(self.path.parent)
+        return salvaged
+
+    def _put_in_place(self, aside: Path) -> None:
+        """One step after the other on the disk too: a main file must never be beside another one's log."""
+        for suffix in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                self.path.with_name(self.path.name + suffix).rename(f"{aside}{suffix}")
+                _sync(self.path.parent)
+        self._ready_path.rename(self.path)
+        _sync(self.path.parent)
+
+    def _finish_rebuild(self) -> str:
+        """What a power cut came between; returns the name of what was set aside, nothing where all was done."""
+        if not self._ready_path.exists() or self.path.exists():
+            return ""
+        aside = self._aside()
+        self._put_in_place(aside)
+        return aside.name
 
     def reopen(self) -> None:
         """Let go of the connection and take a new one, after a write has failed.
@@ -397,6 +429,7 @@ class Log:
         """
         self._drop()
         with self._guard():
+            self._finish_rebuild()
             self._write_log_anew()
             self._db = connect(self.path)
             self._db.execute(self._sql["load_state"]).fetchall()
@@ -761,12 +794,12 @@ def _make_folder(folder: Path) -> None:
         _make_folder(folder.parent)
     folder.mkdir(exist_ok=True, mode=0o700)
     with contextlib.suppress(PermissionError):  # made by somebody else, in a folder that we may not look into
-        _sync_folder(folder.parent)
+        _sync(folder.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """What was made, renamed and deleted in it is so after a power cut too."""
-    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _sync(path: Path) -> None:
+    """What is in a file, or was made, renamed and deleted in a folder, is so after a power cut too."""
+    opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(opened)
     finally:
@@ -791,7 +824,7 @@ def connect(path: Path) -> sqlite3.Connection:
         db.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
         db.execute("PRAGMA cell_size_check=ON")
         db.execute("PRAGMA user_version").fetchone()
-        _sync_folder(path.parent)  # SQLite does so too for its log's name, and goes on where it fails
+        _sync(path.parent)  # SQLite does so too for its log's name, and goes on where it fails
     except BaseException:
         db.close()
         raise

@@ -105,15 +105,18 @@ def _make_image(source: Path, image: Path) -> None:
     the tables of every spool begin on the same pages."""
     shutil.copyfile(source, image)
     template = image.with_name(image.name + ".new")
+    files = [template.with_name(template.name + suffix) for suffix in ("", "-wal", "-journal")]
     try:
+        for left in files:  # by a power cut
+            left.unlink(missing_ok=True)
         new = connect(template)
         create(new)
         roots = {int(page) for (page,) in new.execute("SELECT rootpage FROM sqlite_master")}
         new.close()
         content = template.read_bytes()
     finally:
-        for suffix in ("", "-wal"):
-            template.with_name(template.name + suffix).unlink(missing_ok=True)
+        for left in files:
+            left.unlink(missing_ok=True)
     wal = source.with_name(source.name + "-wal")
     logged = committed(mend(wal.read_bytes(), PAGE_BYTES).content, PAGE_BYTES)[0] if wal.is_file() else {}
     schema = {
