@@ -188,6 +188,7 @@ class Node:
         self._pace = pace
         self._next = 0
         self._held: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self._went_back = -1.0
         self._more = asyncio.Event()
         self.connection = Publisher(self._take)
 
@@ -205,8 +206,8 @@ class Node:
         if not topic.endswith(b"/ack"):
             return
         acked = json.loads(payload)[2]
-        if acked == self.acked and self._held:
-            self._again()  # said twice: what came after it did not come
+        if acked == self.acked:
+            self._go_back()
         self.acked = max(self.acked, acked)
         for seq in [seq for seq in self._held if seq <= acked]:
             del self._held[seq]
@@ -232,6 +233,16 @@ class Node:
             rows = ",".join(f"[0,{','.join(map(str, values))}]" for _, values in taken)
         self._publish(first, self.uptime_ms, rows)
 
+    def _go_back(self) -> None:
+        """The same ack was said twice: what came after it did not come, or was refused. Once a second at the most."""
+        if time.monotonic() - self._went_back < 1 or self.acked >= self._next - 1:
+            return
+        self._went_back = time.monotonic()
+        if self._held:
+            self._again()
+        else:
+            self._next = self.acked + 1
+
     def _again(self) -> None:
         """All that is held, from the oldest on."""
         now, first = self.uptime_ms, min(self._held)
@@ -246,14 +257,15 @@ class Node:
 
     async def flood(self, total: int) -> None:
         """Send `total` rows as fast as the window lets them; returns when all are acknowledged."""
-        while self._next < total:
-            while self._next - 1 - self.acked >= self._window:
+        while self.acked < total - 1:
+            while self._next >= total or self._next - 1 - self.acked >= self._window:
                 self._more.clear()
                 await self._more.wait()
+                if self.acked >= total - 1:
+                    return
             self.send_one()
             if self._next % (self._rows * 50) == 0:
                 await self.connection.drain()
-        await self.all_acked()
 
     async def all_acked(self) -> None:
         """Wait until every row that was sent is acknowledged."""

@@ -170,6 +170,24 @@ async def test_node_sends_again_from_where_an_ack_is_said_twice() -> None:
     await asyncio.wait_for(node.all_acked(), 1)
 
 
+async def test_flood_goes_back_to_what_was_refused() -> None:
+    node = Node("n1", "a1b2c3d4e5f6", rows=10, window=40)
+    firsts: list[int] = []
+    node.connection.publish = lambda topic, payload, retain=False: firsts.append(json.loads(payload)[3])  # type: ignore[method-assign]
+
+    async def acknowledge(*seqs: int) -> None:
+        for seq in seqs:
+            node._take(b"fp1/n1/ack", json.dumps(["a1b2c3d4e5f6", 1, seq]).encode())
+            await asyncio.sleep(0)
+
+    async with asyncio.timeout(5):
+        flood = asyncio.create_task(node.flood(50))
+        await asyncio.sleep(0)
+        await acknowledge(9, 9, 49)
+        await flood
+    assert firsts == [0, 10, 20, 30, 40, 10, 20, 30, 40]
+
+
 def test_clocks_and_timeouts_run_fast_together() -> None:
     said = subprocess.run(
         [sys.executable, "-c", _FAST_CLOCKS, str(HERE)], capture_output=True, text=True, check=True, timeout=20
