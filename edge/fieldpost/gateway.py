@@ -28,7 +28,7 @@ from .nodes.time import Dating
 from .reading import Manifest, Quality, Reading
 from .session import Session
 from .spool import LaneName, Limits, RouteTerms, Spool, SpoolSettings, SpoolStatus, Terms
-from .spool.log import Refused
+from .spool.rows import Refused
 from .urgency import Urgency
 
 log = logging.getLogger(__name__)

@@ -37,7 +37,7 @@ from fieldpost.forward import _halves
 from fieldpost.reading import GATEWAY, Event, Reading
 from fieldpost.spool import Batch, Kind, LaneName, Limits, RouteTerms, Ticket
 from fieldpost.spool.card import Card
-from fieldpost.spool.log import Commit, decode_row, place_position
+from fieldpost.spool.rows import Commit, decode_row, place_position
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -82,6 +82,10 @@ ALL = 10_000
 
 SEEN: Counter[str] = Counter()
 """What has happened in all examples: a model that never gets into a corner proves nothing of it."""
+
+
+DRAW = ("folder", "log", "rows")
+"""The modules that draw ids."""
 
 
 class HandSecrets:
@@ -185,7 +189,9 @@ class Gateway(RuleBasedStateMachine):
             tempfile.mkdtemp(prefix="fieldpost-model-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
         )
         self.runner = asyncio.Runner()
-        sys.modules["fieldpost.spool.log"].secrets = HandSecrets()  # type: ignore[attr-defined]
+        chance = HandSecrets()
+        for module in DRAW:
+            sys.modules[f"fieldpost.spool.{module}"].secrets = chance  # type: ignore[attr-defined]
         self.clock = HandClock()
         self.limits = {LaneName.BULK: Limits(lane, age), LaneName.URGENT: Limits(lane, 2 * age)}
         self.terms = {
@@ -857,7 +863,8 @@ def prove(examples: int, steps: int, **more: Any) -> None:
         )
     finally:
         fieldpost.spool.RETRY_COMMIT_S = 2.0
-        sys.modules["fieldpost.spool.log"].secrets = secrets
+        for module in DRAW:
+            sys.modules[f"fieldpost.spool.{module}"].secrets = secrets  # type: ignore[attr-defined]
         logging.disable(logging.NOTSET)
 
 

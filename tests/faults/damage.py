@@ -30,9 +30,9 @@ import msgspec  # noqa: E402
 from fieldpost.errors import SpoolFault  # noqa: E402
 from fieldpost.reading import GATEWAY, Event, Reading  # noqa: E402
 from fieldpost.spool import LaneName, Spool  # noqa: E402
-from fieldpost.spool.log import born  # noqa: E402
+from fieldpost.spool.folder import born  # noqa: E402
 from fieldpost.spool.marks import Key  # noqa: E402
-from fieldpost.spool.queue import ids_of  # noqa: E402
+from fieldpost.spool.rows import ids_of  # noqa: E402
 from spools import INSTALL, MANIFEST, HandClock, confirm_all, crash, reading, readings, spool_in, taken  # noqa: E402
 
 ROUTES = ("a", "b")

@@ -14,7 +14,8 @@ from typing import Any
 
 from fieldpost.reading import GATEWAY, Reading
 from fieldpost.spool import LaneName, RouteTerms, Terms
-from fieldpost.spool.log import Log, born
+from fieldpost.spool.folder import born
+from fieldpost.spool.log import Log
 from fieldpost.spool.progress import Progress
 from fieldpost.spool.queue import Queue
 from spools import HandClock, spool_in, taken

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from fieldpost.reading import Reading
-from fieldpost.spool.log import PAGE_BYTES
+from fieldpost.spool.database import PAGE_BYTES
 from parts import REPO, Gateway
 from spools import INSTALL, KEY, MANIFEST, own, reading, readings, spool_in, taken
 

@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from fieldpost.spool.log import PAGE_BYTES, Log
+from fieldpost.spool.database import PAGE_BYTES
+from fieldpost.spool.log import Log
 from fieldpost.spool.stage import LaneName
 from fieldpost.spool.wal import FRAME_BYTES, HEADER_BYTES
 from spools import readings, spool_in

@@ -30,7 +30,7 @@ import fieldpost.spool
 from fieldpost.errors import SpoolFault
 from fieldpost.reading import Event, Reading
 from fieldpost.spool import Batch, LaneName, Limits, RouteTerms, Spool, SpoolSettings, Terms, Ticket
-from fieldpost.spool.log import born
+from fieldpost.spool.folder import born
 from spools import INSTALL, MANIFEST, HandClock, reading
 
 from faults.recording import How, recorder
@@ -420,8 +420,9 @@ def serve() -> None:
     """Run what comes on stdin."""
     logging.disable(logging.CRITICAL)  # thousands of spools say that their disk fails, as it is made to
     fieldpost.spool.RETRY_COMMIT_S = 0.001
-    sys.modules["fieldpost.spool.log"].CHECKPOINT_PAGES = CHECKPOINT_PAGES  # type: ignore[attr-defined]
-    sys.modules["fieldpost.spool.log"].born = said_born  # type: ignore[attr-defined]
+    sys.modules["fieldpost.spool.database"].CHECKPOINT_PAGES = CHECKPOINT_PAGES  # type: ignore[attr-defined]
+    for module in ("folder", "log"):
+        sys.modules[f"fieldpost.spool.{module}"].born = said_born  # type: ignore[attr-defined]
     recorder_ = ctypes.CDLL(None)
     recorder_.recorder_calls.restype = recorder_.recorder_left.restype = ctypes.c_uint64
     for line in sys.stdin:

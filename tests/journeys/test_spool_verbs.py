@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fieldpost.spool.log import PAGE_BYTES
+from fieldpost.spool.database import PAGE_BYTES
 from fieldpost.wire import manifest_hash
 from parts import Arrivals, Gateway, ScriptedNode, until_async
 from servers import Mosquitto

@@ -226,14 +226,20 @@ CATALOGUE = (
     Mutation(
         "fsync-removed",
         "ThingsBoard's file store flushes and calls it fsync; RabbitMQ's classic queues gave it up.",
-        (Edit(SPOOL + "log.py", 'db.execute("PRAGMA synchronous=FULL")', 'db.execute("PRAGMA synchronous=OFF")'),),
+        (Edit(SPOOL + "database.py", 'db.execute("PRAGMA synchronous=FULL")', 'db.execute("PRAGMA synchronous=OFF")'),),
         (TEST_MUSEUM + "test_what_is_safe_was_synced_to_the_disk_before",),
         "fsync removed",
     ),
     Mutation(
         "fsync-at-the-checkpoint-only",
         "SQLite's NORMAL, in mosquitto 2.1 and NanoMQ: a power cut takes all commits since the last checkpoint.",
-        (Edit(SPOOL + "log.py", 'db.execute("PRAGMA synchronous=FULL")', 'db.execute("PRAGMA synchronous=NORMAL")'),),
+        (
+            Edit(
+                SPOOL + "database.py",
+                'db.execute("PRAGMA synchronous=FULL")',
+                'db.execute("PRAGMA synchronous=NORMAL")',
+            ),
+        ),
         (TEST_MUSEUM + "test_what_is_safe_was_synced_to_the_disk_before",),
         "fsync removed",
     ),
@@ -356,10 +362,11 @@ CATALOGUE = (
         "Greengrass deletes a database that it can't read and starts empty; so does Kura, by default.",
         (
             Edit(
-                SPOOL + "log.py",
-                ".with_name(self.path.name + suffix).rename(str(aside) + suffix)",
-                ".with_name(self.path.name + suffix).unlink()",
+                SPOOL + "folder.py",
+                '.with_name(self.main.name + suffix).rename(f"{aside}{suffix}")',
+                ".with_name(self.main.name + suffix).unlink()",
             ),
+            Edit(SPOOL + "log.py", "salvaged = salvage(self.path, db)", "salvaged = Salvaged()"),
         ),
         (TEST_MUSEUM + "test_a_file_that_cannot_be_read_is_set_aside_as_it_is_and_what_can_be_read_is_taken_over",),
         "wipe on corruption",
@@ -386,7 +393,7 @@ CATALOGUE = (
     Mutation(
         "checksum-of-batches-not-checked",
         "SQLite has no checksum of its own: a flipped bit comes back as a value.",
-        (Edit(SPOOL + "log.py", "        if crc_of_batch(head, ids, body) != crc:\n", "        if False:\n"),),
+        (Edit(SPOOL + "rows.py", "        if crc_of_batch(head, ids, body) != crc:\n", "        if False:\n"),),
         (TEST_MUSEUM + "test_a_batch_is_not_believed_when_anything_in_its_row_was_changed",),
     ),
     Mutation(
@@ -419,7 +426,7 @@ CATALOGUE = (
         (
             Edit(
                 SPOOL + "log.py",
-                '            self.close()\n            raise SpoolFault(f"{self.path}: {_advice(self.path, error)}")',
+                '            self.close()\n            raise SpoolFault(f"{self.path}: {advice(self.path, error)}")',
                 '            self._db = sqlite3.connect(":memory:", isolation_level=None)\n'
                 "            create(self._db)\n"
                 "            return self._state()\n            raise error",

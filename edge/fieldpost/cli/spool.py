@@ -24,8 +24,9 @@ from ..control import ask
 from ..errors import SpoolFault, Unreachable
 from ..gateway import _route_terms, _spool_settings
 from ..spool import Spool
-from ..spool.log import Log, Opened
-from ..spool.repair import Report, verify
+from ..spool.log import Log
+from ..spool.repair import Report
+from ..spool.rows import Opened
 from ..spool.stage import LaneName
 from . import options
 
@@ -382,7 +383,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _verify(log: Log, opened: Opened) -> dict[str, Any]:
-    report = verify(log, _tell)
+    report = log.verify(_tell)
     report.damaged += [why.partition(": ")[2] for why in opened.aside]  # of the copy, which was begun anew by `open`
     return _report(report)
 

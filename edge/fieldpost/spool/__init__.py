@@ -21,12 +21,12 @@ from ..errors import SpoolBroken, SpoolFault
 from ..reading import Event, Manifest, Reading
 from .card import Card, volatile_kind
 from .figures import Figures, RouteBacklog, SpoolStatus
-from .log import Info, Piece, Refused
 from .marks import Key
 from .progress import Flight, Span
 from .queue import GATHERED_GRACE_MS, Limits, Queue, RouteTerms, Terms, Ticket
-from .repair import Report, verify
+from .repair import Report
 from .retention import Retention
+from .rows import Info, Piece, Refused
 from .stage import LaneName
 
 __all__ = [
@@ -402,7 +402,7 @@ class Spool:
     async def verify(self) -> Report:
         """Compare everything on the card with its checksums."""
         await self._commit_all()
-        return await self._card.run(verify, self._card.log)
+        return await self._card.run(self._card.log.verify)
 
     async def repair(self, why: str) -> None:
         """Set the file aside, begin a new one, and take over what can be read; what is lost is told as ever."""

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from ..errors import SpoolFault
-from .log import Commit, Log
+from .log import Log
+from .rows import Commit
 
 P = ParamSpec("P")
 T = TypeVar("T")

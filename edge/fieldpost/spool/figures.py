@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ..errors import SpoolFault
 from .card import Card
-from .log import Info
 from .queue import Queue
+from .rows import Info
 from .stage import LaneName
 
 

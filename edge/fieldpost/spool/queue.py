@@ -14,9 +14,9 @@ import msgspec
 
 from ..clock import Clock, Eras
 from ..reading import GATEWAY, Event, Manifest, Quality, Reading
-from .log import Commit, Ids, Info, Opened, Prunable, Refusal, Refused, Write
 from .marks import Key, Marks
 from .progress import Flight, Progress, Span
+from .rows import Commit, Ids, Info, Opened, Prunable, Refusal, Refused, Write, ids_of
 from .stage import Lane, LaneName
 from .thin import thin
 
@@ -665,23 +665,6 @@ def _runs(readings: Iterable[Reading]) -> Iterator[list[Reading]]:
         run.append(row)
     if run:
         yield run
-
-
-def ids_of(readings: Iterable[Reading]) -> Ids:
-    """Which rows these are, as (node, install, boot, first, last); a thinned record stands for the rows in it."""
-    ranges: dict[Key, list[list[int]]] = {}
-    for reading in readings:
-        event = reading.event
-        if event is not None and event.kind == "thinned" and event.last is not None:
-            key, first, last = (event.node, event.install, event.boot), event.first, event.last
-        else:
-            key, first, last = (reading.node, reading.install, reading.boot), reading.seq, reading.seq
-        known = ranges.setdefault(key, [])
-        if known and known[-1][1] + 1 == first:
-            known[-1][1] = last
-        else:
-            known.append([first, last])
-    return [(*key, first, last) for key, parts in ranges.items() for first, last in parts]
 
 
 def _age_base(opened: Opened, clock: Clock) -> int:

@@ -18,26 +18,21 @@ import msgspec
 
 from ..reading import GATEWAY, Manifest, Reading
 from . import codec
-from .log import (
+from .database import PAGE_BYTES, connect, create, statements, write_state
+from .marks import Marks
+from .pages import Pages
+from .rows import (
     LANE_BITS,
-    PAGE_BYTES,
     Ids,
-    Log,
     bounds,
-    connect,
     crc_of_batch,
     crc_of_state,
-    create,
     decode_row,
     ids_in,
     load,
     place,
     place_position,
-    statements,
-    write_state,
 )
-from .marks import Marks
-from .pages import Pages
 from .stage import LaneName
 from .wal import committed, mend
 
@@ -328,10 +323,9 @@ class Report(msgspec.Struct):
         return not self.damaged and self.structure == "ok"
 
 
-def verify(spool: Log, tell: Callable[[int, int], None] = lambda done, of: None) -> Report:
+def verify(db: sqlite3.Connection, tell: Callable[[int, int], None] = lambda done, of: None) -> Report:
     """Read everything and compare it with its checksums; `tell(batches done, of how many)` as it goes."""
     report = Report()
-    db = spool._opened()
     rows = db.execute("PRAGMA integrity_check(20)").fetchall()
     report.structure = "; ".join(str(row[0]) for row in rows)
     total = int(db.execute("SELECT count(*) FROM batch").fetchone()[0])

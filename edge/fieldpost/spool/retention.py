@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable
 
 from ..reading import Reading
 from .card import Card
-from .log import Info
 from .queue import Queue
+from .rows import Info
 from .stage import LaneName
 
 AGE_CHECK_S = 30.0
