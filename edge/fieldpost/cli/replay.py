@@ -44,7 +44,7 @@ def command(config_path: Path | None, as_json: bool, route: str, since: str, unt
     elif answer["readings"]:
         click.echo(f"up to {answer['readings']} readings will be sent again; `fieldpost status` shows how far it is")
     else:
-        click.echo("nothing is kept of that time")
+        click.echo("nothing to send again: nothing is kept of that time, or all of it waits to be sent already")
 
 
 def moment_ms(text: str, option: str) -> int:
