@@ -17,9 +17,9 @@ SCHEMA = 2
 PAGE_BYTES = 1024
 """A commit rewrites whole pages, so small ones spare the card; tests/bench/ has the figures for others."""
 
-CHECKPOINT_PAGES = 500
-"""A log that grows makes the file system write its journal at every commit, 12 to 20 kB; one that begins anew at half
-a megabyte is soon as large as it gets."""
+CHECKPOINT_PAGES = 250
+"""A log that grows makes the file system write its journal at every commit, 12 to 24 kB; one that begins anew at a
+quarter of a megabyte is soon as large as it gets."""
 
 
 def connect(path: Path) -> sqlite3.Connection:
