@@ -15,4 +15,4 @@ FORMS = {"senml": senml, "columns": columns}
 def decode(body: bytes) -> Iterator[Arrived]:
     """The rows of a message in any of our forms, zlib'd or plain. Raises Malformed where it is none."""
     plain = unpacked(body)
-    return columns.decode(plain) if plain.startswith(b"{") else senml.decode(plain)
+    return senml.decode(plain) if plain.startswith(b"[") else columns.decode(plain)

@@ -10,6 +10,9 @@ from ..reading import Event, Quality
 
 MAX_BYTES = 64 * 1024 * 1024
 
+ZLIB = b"\x78"
+"""How its streams begin (RFC 1950); none of our forms begins so."""
+
 QUALITIES = {
     Quality.SYNCED: "synced",
     Quality.ANCHORED: "anchored",
@@ -43,7 +46,7 @@ class Arrived:
 
 def unpacked(body: bytes) -> bytes:
     """A message's body, zlib'd or plain. Raises Malformed where it is neither, or too large."""
-    if body[:1] in (b"[", b"{"):
+    if body[:1] != ZLIB:
         return body
     try:
         unpacker = zlib.decompressobj()
