@@ -26,8 +26,8 @@ def message(
 
 
 def message_id(readings: Sequence[Reading]) -> str:
-    """A single reading's own id; of more, the first one's, their count and a digest over all ids."""
+    """A single reading's own id; of more, a digest over all ids and their count: it travels with every message."""
     if len(readings) == 1:
         return readings[0].id
     digest = hashlib.sha256("\n".join(reading.id for reading in readings).encode()).hexdigest()[:16]
-    return f"{readings[0].id}+{len(readings)}.{digest}"
+    return f"{digest}+{len(readings)}"

@@ -447,6 +447,17 @@ async def test_amqp_names_the_exchange_and_key_without_queue(amqp: FarAmqp) -> N
         await amqp.uplink(exchange="not-there").open()
 
 
+async def test_amqp_writes_a_message_in_one_piece(amqp: FarAmqp) -> None:
+    uplink = amqp.uplink()
+    await uplink.open()
+    connection = uplink._link.connection._connection  # type: ignore[attr-defined]
+    sent = connection.frames_sent
+    await uplink.deliver(message())
+    assert connection.frames_sent == sent + 1  # pika counts what it writes: method, header and body apart
+    await uplink.close()
+    assert await amqp.received(1) == [(message().id, message().body)]
+
+
 async def test_amqp_delivers_through_an_exchange(amqp: FarAmqp) -> None:
     uplink = amqp.uplink(exchange="amq.topic", routing_key=f"plant.{amqp.queue}")
     await uplink.open()
