@@ -219,7 +219,7 @@ def unnamed(store: Store, found: Found) -> list[str]:
     missing = []
     for route in ROUTES:
         for id_, one in store.outstanding[route].items():
-            if id_ not in found.delivered[route]:
+            if id_ not in found.delivered.get(route, {}):
                 rows = [(n, i, b, seq) for n, i, b, first, last in ids_of([one]) for seq in range(first, last + 1)]
                 missing += [id_] if not set(rows) <= named else []
     return missing
@@ -299,6 +299,8 @@ async def sample(store: Store, damages: Iterable[Damage], folder: Path, *, most_
             wrong = [one for one in wrong if " lost, and " not in one]
         total.count += 1
         total.faults += wrong
+        for one in wrong:
+            print(one, file=sys.stderr, flush=True)
         gone = {
             id_ for route in ROUTES for id_ in store.outstanding[route] if id_ not in found.delivered.get(route, {})
         }
