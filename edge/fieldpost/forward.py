@@ -104,6 +104,7 @@ class Route:
         self._manifests = manifests
         self._windows: dict[Kind, deque[_InFlight]] = {"urgent": deque(), "live": deque(), "backfill": deque()}
         self._paces = (Pace(config.backfill_readings_per_s), Pace(config.backfill_bytes_per_s))
+        self._stirred = asyncio.Event()
         self._pause = Pause()
         self._gathering_since: float | None = None
         self._lost_at: float | None = None
@@ -165,6 +166,9 @@ class Route:
             return "backfill"
         return None
 
+    def _stir(self, _: object) -> None:
+        self._stirred.set()
+
     def _gather_s(self) -> float:
         """How long fresh readings still wait for others."""
         if self._gathering_since is None:
@@ -180,6 +184,7 @@ class Route:
         elif kind == "backfill":
             self._paces[0].spend(len(batch.readings))
         delivery = asyncio.create_task(self._deliver(batch), name=f"deliver {self.config.id}")
+        delivery.add_done_callback(self._stir)
         self._windows[kind].append(_InFlight(batch, delivery))
         await asyncio.sleep(0)  # the delivery begins before the next one is made: messages keep their order
 
@@ -212,20 +217,24 @@ class Route:
 
         Raises Unreachable where the uplink was lost with nothing on its way: no delivery would tell.
         """
-        waits: list[asyncio.Future[object]] = [window[0].delivery for window in self._windows.values() if window]  # type: ignore[misc]
         flying = sum(len(window) for window in self._windows.values())
-        news = None
-        if flying <= self.config.window:
-            is_busy = self._windows["live"] or self._gathering_since is not None
-            news = self._spool.news(self.config.id, self.config.batch_readings if is_busy else 1)
-            waits.append(news)  # type: ignore[arg-type]
-        paced = max(pace.wait_s() for pace in self._paces)
-        timeout = min(LOOK_EVERY_S, paced or LOOK_EVERY_S, self._gather_s() or LOOK_EVERY_S)
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED, timeout=timeout)
-        finally:
-            if news is not None:
-                news.cancel()
+        if not any(window and window[0].delivery.done() for window in self._windows.values()):
+            self._stirred.clear()
+            news = None
+            if flying <= self.config.window:
+                is_busy = self._windows["live"] or self._gathering_since is not None
+                news = self._spool.news(self.config.id, self.config.batch_readings if is_busy else 1)
+                news.add_done_callback(self._stir)
+            paced = max(pace.wait_s() for pace in self._paces)
+            try:
+                async with asyncio.timeout(min(LOOK_EVERY_S, paced or LOOK_EVERY_S, self._gather_s() or LOOK_EVERY_S)):
+                    await self._stirred.wait()
+            except TimeoutError:
+                pass
+            finally:
+                if news is not None:
+                    news.remove_done_callback(self._stir)
+                    news.cancel()
         uplink = self._uplink.status()
         if not flying and uplink.state == "down":
             raise Unreachable(uplink.detail)

@@ -199,7 +199,7 @@ class Ingest:
             for n, (row, uptime, (at, error)) in enumerate(zip(data.rows, uptimes, dated, strict=True))
         ]
 
-    async def acknowledge(self, control: Connection) -> None:
+    async def acknowledge(self, connection: Connection) -> None:
         """Publish `ack`, then PUBACK, for whatever has become safe; until cancelled. Raises Unreachable."""
         while True:
             while not self._pending:
@@ -218,7 +218,8 @@ class Ingest:
             for (node, install), (boot, seq) in acks.items():
                 installs = self._acknowledged.setdefault(node, {})
                 _keep(installs, install, max(installs.get(install, (boot, seq)), (boot, seq)))
-                control.publish(wire.ack_topic(node), wire.encode_ack(install, *installs[install]), qos=0, retain=True)
+                ack = wire.encode_ack(install, *installs[install])
+                connection.publish(wire.ack_topic(node), ack, qos=0, retain=True)
             for pending in done:
                 pending.connection.acknowledge(pending.mid)
             await asyncio.sleep(0)

@@ -27,7 +27,7 @@ KEEPALIVE_S = 10
 
 TIMEOUT_S = 10.0
 
-GATHER_S = 0.004
+GATHER_S = 0.005
 GATHER_ABOVE_PER_S, GATHER_BELOW_BYTES = 100, 8192
 """Beyond so many turns a second, each with less than so much, packets are let gather for GATHER_S."""
 
@@ -75,7 +75,7 @@ class Connection:
         bulk: Any = _Bulk(self._paho.socket())
         self._paho._sock = bulk
         rate = _Rate()
-        asked = False
+        asked = gathers = False
 
         def ask(client: paho.Client, userdata: object, sock: Any) -> None:
             nonlocal asked
@@ -96,6 +96,7 @@ class Connection:
                 self._lose(error)
 
         def read() -> None:
+            nonlocal gathers
             try:
                 bulk.fill()
                 while bulk.readable and not self.is_lost:
@@ -103,13 +104,15 @@ class Connection:
                         break
             except OSError as error:
                 self._lose(error)
-            if rate.is_high(loop.time(), bulk.filled) and not self.is_lost:
-                # Many small packets, one by one: let some gather, each turn of the loop costs more than they do.
+            if self.is_lost or bulk.fileno() < 0:
+                return
+            # Many small packets, one by one: let some gather, each turn of the loop costs more than they do.
+            gathered, gathers = gathers, rate.is_high(loop.time(), bulk.filled)
+            if gathers:
+                loop.call_later(GATHER_S, read)
+            if gathers and not gathered:
                 loop.remove_reader(bulk.fileno())
-                loop.call_later(GATHER_S, resume)
-
-        def resume() -> None:
-            if bulk.fileno() >= 0 and not self.is_lost:
+            elif gathered and not gathers:
                 loop.add_reader(bulk.fileno(), read)
 
         self._paho.on_socket_register_write = ask
@@ -226,7 +229,7 @@ class _Rate:
 
     def is_high(self, now: float, received: int) -> bool:
         """One more turn, in which so many bytes came."""
-        self._turns += 1
+        self._turns += received > 0
         if now - self._since >= 0.5:
             self._is_high = self._turns > GATHER_ABOVE_PER_S * (now - self._since)
             self._since, self._turns = now, 0
@@ -251,6 +254,7 @@ class _Bulk:
 
     def fill(self) -> None:
         """Receive what there is, once; `filled` is how many bytes that were. Raises OSError."""
+        self.filled = 0
         with contextlib.suppress(BlockingIOError):
             more = self._sock.recv(self.RECEIVE_BYTES)
             self._in, self._at = self._in[self._at :] + more, 0

@@ -1,7 +1,8 @@
 """The gateway's session with the nodes' broker: two connections that come and go together.
 
-*Intake* carries rows up, with acknowledgement by hand. *Control* carries the nodes' states up, and acks, the time
-and the gateway's own state down; its last will tells the nodes to hold on when the gateway is gone.
+*Intake* carries rows up, with acknowledgement by hand, and acks down: an ack and the PUBACK that follows it then leave
+in one piece. *Control* carries the nodes' states up, and the time and the gateway's own state down; its last will tells
+the nodes to hold on when the gateway is gone.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Session:
                 tasks = [
                     parts.create_task(control.lost(), name="control"),
                     parts.create_task(intake.lost(), name="intake"),
-                    parts.create_task(self._ingest.acknowledge(control), name="acknowledge"),
+                    parts.create_task(self._ingest.acknowledge(intake), name="acknowledge"),
                     parts.create_task(self._tell_time(control), name="time"),
                     parts.create_task(self._tell_room(control), name="room"),
                 ]

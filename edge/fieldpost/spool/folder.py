@@ -25,6 +25,9 @@ from .wal import committed, mend
 
 log = logging.getLogger(__name__)
 
+LEAST_BYTES = 512
+"""The smallest page that a database can have."""
+
 AT_FDCWD, STATX_BTIME = -100, 0x800
 
 
@@ -76,13 +79,17 @@ class Folder:
     def see_whose_it_is(self, schema: int) -> int | None:
         """Before SQLite writes to a file that is none of ours: raises SpoolBroken, or returns its schema where that is
         another. A log beside it may know better, and so may the journal of a file that is being made: then None."""
+        if self.log.exists() and self.main.exists() and 0 < self.main.stat().st_size < LEAST_BYTES:
+            raise SpoolBroken("is no database")  # SQLite would begin a new one, and drop the log
+        if self.main.is_file() and self._page(1)[18:20] not in (b"", b"\1\1", b"\2\2"):
+            raise SpoolBroken("has a damaged header")  # SQLite would not write to it
         beside = (self.main.with_name(self.main.name + suffix) for suffix in ("-wal", "-journal"))
         if not self.main.exists() or any(one.exists() for one in beside):
             return None
         with self.main.open("rb") as file:
             header = file.read(100)
         size = self.main.stat().st_size
-        if 0 < size < 512 or (size and not header.startswith(b"SQLite format 3\0")):
+        if 0 < size < LEAST_BYTES or (size and not header.startswith(b"SQLite format 3\0")):
             raise SpoolBroken("is no database")
         page_bytes, version = int.from_bytes(header[16:18]), int.from_bytes(header[60:64])
         return version if size > page_bytes and version != schema else None
@@ -106,7 +113,7 @@ class Folder:
             if self._open.exists() and self.main.exists():
                 raise SpoolBroken("has lost its write-ahead log, which was there when it was last used")
             return
-        mended = mend(content, self._page_bytes)
+        mended = mend(content, self._page_bytes, self._page)
         if mended.content == content:
             return
         if mended.is_headless and self._has(*committed(mended.content, self._page_bytes)):
@@ -119,6 +126,14 @@ class Folder:
         _write(new, mended.content)
         new.replace(self.log)
         log.error("%s: %d flipped bits put right; what it was is %s-wal", self.log, mended.bits, aside.name)
+
+    def _page(self, number: int) -> bytes:
+        """A page of the main file, nothing where that has none."""
+        if not self.main.is_file():
+            return b""
+        with self.main.open("rb") as file:
+            file.seek((number - 1) * self._page_bytes)
+            return file.read(self._page_bytes)
 
     def _has(self, pages: Mapping[int, bytes], past: int) -> bool:
         """Whether the main file, of `past` pages, holds these as they are here."""

@@ -9,9 +9,9 @@ The layout is that of https://sqlite.org/fileformat2.html, section 4.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 MAGIC = 0x377F0682
 """With its lowest bit set the words of the checksums are big-endian."""
@@ -54,8 +54,8 @@ class _Frame:
         return struct.pack(">II", self.page, self.commit) + self.body
 
 
-def mend(content: bytes, page_bytes: int) -> Mended:
-    """What was committed to this log, in a form that SQLite takes whole."""
+def mend(content: bytes, page_bytes: int, before: Callable[[int], bytes] = lambda number: b"") -> Mended:
+    """What was committed to this log, in a form that SQLite takes whole. `before`: a page as the main file has it."""
     header, bits, is_made_up = _header(content, page_bytes)
     if header is None:
         return Mended(content)
@@ -72,8 +72,7 @@ def mend(content: bytes, page_bytes: int) -> Mended:
         if not _alike(frame.salts, salts) and not _has_later_commit(frames, number, salts):
             break
         following = frames[number + 1] if number + 1 < len(frames) else None
-        most = max((other.commit for other in frames if other is not frame), default=0)
-        wrong = _flips(frame, seed, salts, order, following, most)
+        wrong = _flips(frame, seed, salts, order, following, partial(_likeness, frames, number, before))
         if wrong is None and not _has_later_commit(frames, number, salts):
             break  # torn: nobody was told that it is safe
         if wrong is None:
@@ -149,11 +148,16 @@ def _stored(header: bytes) -> Sum:
 
 
 def _flips(
-    frame: _Frame, seed: Sum | None, salts: bytes, order: str, following: _Frame | None, most: int
+    frame: _Frame,
+    seed: Sum | None,
+    salts: bytes,
+    order: str,
+    following: _Frame | None,
+    likeness: Callable[[int, int], tuple[float, ...]],
 ) -> int | None:
     """How many bits of a frame had to be put right: 0 or 1. None: it is damaged beyond that.
 
-    `most`: how many pages the file has by the other frames; a number beyond that is the one that flipped.
+    `likeness(page, commit)`: how well these numbers would stand here, for where several bits come into question.
     Without a seed (the frame before is lost) the frame is taken as it is: the rows have checksums of their own.
     A flipped bit of the second sum looks like one of the last word; the frame behind knows, and where there is none
     the page is left as it is.
@@ -178,13 +182,34 @@ def _flips(
         return 1
     if not pages:
         return None
-    if max(frame.page, frame.commit) > most:
-        sane = [page for page in pages if max(struct.unpack_from(">II", page)) <= most]
-        pages = sane if len(sane) == 1 else pages
     if len(pages) == 1:
         frame.page, frame.commit = struct.unpack_from(">II", pages[0])
         frame.body = pages[0][8:]
+    else:
+        numbers = [(frame.page, frame.commit), *(struct.unpack_from(">II", page) for page in pages)]
+        frame.page, frame.commit = max(numbers, key=lambda two: likeness(*two))
     return 1
+
+
+def _likeness(
+    frames: Sequence[_Frame], number: int, before: Callable[[int], bytes], page: int, commit: int
+) -> tuple[float, ...]:
+    """A transaction's pages ascend, its last frame has the file's size, and a page is like what it was."""
+    here, behind = frames[number], frames[number + 1 :]
+    ahead = [frame for frame in frames[:number] if frame.salts == here.salts]
+    begins = not ahead or ahead[-1].commit > 0
+    ends = not behind or not _alike(behind[0].salts, here.salts) or behind[0].page <= here.page
+    sizes = [frame.commit for frame in frames if frame.commit and frame is not here]
+    size = max(sizes, key=lambda other: -abs(other - commit), default=commit)
+    was = next((frame.body for frame in reversed(ahead) if frame.page == page), None) or before(page)
+    return (
+        begins or ahead[-1].page < page,
+        commit > 0 or not behind or behind[0].page > page,
+        page <= (commit or max(sizes, default=page)),
+        (commit > 0) == ends,
+        -abs(size - commit) if commit else 0,
+        sum(a == b for a, b in zip(was, here.body, strict=True)) / len(was) if was else 0.5,
+    )
 
 
 @cache
