@@ -175,14 +175,13 @@ def _flips(
     missing = ((frame.stored[0] - made[0]) % WORD, (frame.stored[1] - made[1]) % WORD)
     places = _places(len(frame.summed) // 8, order).get(missing, ())
     pages = [page for place in places if checksum(page := _turned(frame.summed, place), order, seed) == frame.stored]
-    if sum((a ^ b).bit_count() for a, b in zip(made, frame.stored, strict=True)) == 1 and (
-        not pages or following is None or checksum(following.summed, order, made) == following.stored
-    ):
+    is_sum = sum((a ^ b).bit_count() for a, b in zip(made, frame.stored, strict=True)) == 1
+    if is_sum and (not pages or following and checksum(following.summed, order, made) == following.stored):
         frame.stored = made
         return 1
     if not pages:
         return None
-    if len(pages) == 1:
+    if len(pages) == 1 and not (is_sum and following is None):
         frame.page, frame.commit = struct.unpack_from(">II", pages[0])
         frame.body = pages[0][8:]
     else:
