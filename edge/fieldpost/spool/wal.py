@@ -176,7 +176,7 @@ def _flips(
     places = _places(len(frame.summed) // 8, order).get(missing, ())
     pages = [page for place in places if checksum(page := _turned(frame.summed, place), order, seed) == frame.stored]
     is_sum = sum((a ^ b).bit_count() for a, b in zip(made, frame.stored, strict=True)) == 1
-    if is_sum and (not pages or following and checksum(following.summed, order, made) == following.stored):
+    if is_sum and (not pages or (following and checksum(following.summed, order, made) == following.stored)):
         frame.stored = made
         return 1
     if not pages:
