@@ -95,7 +95,9 @@ def ask(path: Path, verb: str, *, timeout_s: float = TIMEOUT_S, **request: Any) 
     except PermissionError:
         raise Unreachable(f"{path}: not permitted; try sudo, or join the gateway's group") from None
     except (OSError, msgspec.MsgspecError) as error:
-        raise Unreachable(f"no gateway answers at {path} ({error}); start one with `fieldpost run`") from None
+        raise Unreachable(
+            f"no gateway answers at {path} ({error}); start one with `fieldpost run`", nobody=True
+        ) from None
     if not answer["ok"]:
         raise Unreachable(answer["error"])
     return answer["answer"]

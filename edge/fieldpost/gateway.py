@@ -44,7 +44,7 @@ async def run(config: Config) -> None:
 
     Raises ConfigError, SpoolFault or Unreachable where it can't start; the message says what to do.
     """
-    async with Spool(_spool_settings(config), _route_terms(config)) as spool:
+    async with Spool(spool_settings(config), route_terms(config)) as spool:
         routes = [Route(route, spool, _uplink(config, route), spool.manifests) for route in config.routes]
         registry = Registry(config.data / "nodes.json")
         async with open_broker(config.broker, config.data / "broker", registry.keys) as broker:
@@ -63,7 +63,8 @@ async def run(config: Config) -> None:
                     parts.create_task(session.run(), name="session")
 
 
-def _spool_settings(config: Config) -> SpoolSettings:
+def spool_settings(config: Config) -> SpoolSettings:
+    """What the configuration says of the spool, in its own words."""
     spool = config.spool
     bulk = Limits(max_age_ms=round(spool.max_age_s * 1000))
     urgent = Limits(spool.urgent_max_bytes, round(spool.urgent_max_age_s * 1000))
@@ -85,7 +86,8 @@ def _spool_settings(config: Config) -> SpoolSettings:
     )
 
 
-def _route_terms(config: Config) -> list[RouteTerms]:
+def route_terms(config: Config) -> list[RouteTerms]:
+    """What the spool is to know of the routes."""
     return [
         RouteTerms(route.id, route.batch_readings, round(route.ttl_s * 1000), round(route.gather_s * 1000))
         for route in config.routes

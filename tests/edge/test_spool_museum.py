@@ -22,7 +22,7 @@ from faults.recording import Call, read_trace, recorder
 from fieldpost.config import Config, parse
 from fieldpost.errors import SpoolFault, Unreachable
 from fieldpost.forward import Pause, Route
-from fieldpost.gateway import _route_terms, _spool_settings
+from fieldpost.gateway import route_terms, spool_settings
 from fieldpost.ingest import Ingest
 from fieldpost.mqtt import Incoming
 from fieldpost.nodes.presence import Presence
@@ -417,7 +417,7 @@ def configured(**more: Any) -> Config:
 
 
 def configured_spool(folder: Path, clock: HandClock, config: Config) -> Spool:
-    return Spool(replace(_spool_settings(config), folder=folder), _route_terms(config), clock)
+    return Spool(replace(spool_settings(config), folder=folder), route_terms(config), clock)
 
 
 async def test_a_ttl_of_an_hour_is_an_hour(tmp_path: Path) -> None:

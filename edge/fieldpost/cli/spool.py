@@ -22,7 +22,7 @@ import msgspec
 from ..config import Config, load
 from ..control import ask
 from ..errors import SpoolFault, Unreachable
-from ..gateway import _route_terms, _spool_settings
+from ..gateway import route_terms, spool_settings
 from ..spool import Spool
 from ..spool.log import Log
 from ..spool.repair import Report
@@ -58,7 +58,7 @@ def status_(config_path: Path | None, as_json: bool) -> None:
     try:
         answer = ask(options.control_socket(config_path), "status")["spool"]
     except Unreachable as away:
-        if "no gateway answers" not in str(away):
+        if not away.nobody:
             raise
         answer = _offline(config_path, _look)
     if as_json:
@@ -121,7 +121,7 @@ def verify_(config_path: Path | None, as_json: bool) -> None:
     try:
         answer = ask(options.control_socket(config_path), "verify", timeout_s=3600)
     except Unreachable as away:
-        if "no gateway answers" not in str(away):
+        if not away.nobody:
             raise
         answer = _offline(config_path, _verify)
     if as_json:
@@ -166,7 +166,7 @@ def _export(config_path: Path | None, file: TextIO) -> int:
     try:
         ask(socket, "page", lane=0, position=0)
     except Unreachable as away:
-        if "no gateway answers" not in str(away):
+        if not away.nobody:
             raise
         return int(_offline(config_path, lambda log, opened: _export_offline(log, opened, file)))
     return _write_pages(
@@ -318,7 +318,7 @@ def _set_aside(config_path: Path | None, as_json: bool, do: str, ids: tuple[int,
 
 async def _repair(config: Config) -> Report:
     """Open the spool as the gateway does, which sets aside what it can't open, then look at every row."""
-    async with Spool(_spool_settings(config), _route_terms(config)) as spool:
+    async with Spool(spool_settings(config), route_terms(config)) as spool:
         report = await spool.verify()
         if not report.is_whole:
             await spool.repair("; ".join([report.structure, *report.damaged])[:120])
