@@ -19,7 +19,7 @@ from .errors import Malformed
 from .mqtt import Connection, Incoming
 from .nodes.presence import Presence
 from .nodes.time import Dating
-from .reading import Event, Manifest, Reading
+from .reading import Event, Manifest, Quality, Reading
 from .spool import Spool, Ticket
 from .spool.marks import Key
 from .urgency import Urgency
@@ -194,6 +194,8 @@ class Ingest:
         dated, quality = self._dating.date(
             node, install, boot, uptimes, data.anchor, boottime_ms(), time.time_ns() // 1_000_000
         )
+        if quality is Quality.SYNCED and not self._spool.is_clock_set:
+            quality = Quality.UNSYNCED
         return [
             Reading(node, install, boot, first + n, uptime, at, error, manifest, row, None, quality, era)
             for n, (row, uptime, (at, error)) in enumerate(zip(data.rows, uptimes, dated, strict=True))

@@ -260,6 +260,11 @@ class Spool:
         """The stretch of the gateway's clock by which readings are dated now."""
         return self.queue.eras.now.number
 
+    @property
+    def is_clock_set(self) -> bool:
+        """Whether dates that are made now are good as they are."""
+        return self.queue.eras.now.synced
+
     def hurry(self) -> None:
         """Somebody waits for the commit: don't linger."""
         self.queue.hurry()

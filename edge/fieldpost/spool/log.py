@@ -471,7 +471,8 @@ class Log:
         try:
             yield
         except sqlite3.OperationalError as error:
-            if "no such" in str(error) or "has no column" in str(error):  # a damaged schema, the statements are right
+            if any(word in str(error) for word in ("no such", "has no column", "unsupported file format")):
+                # The schema is damaged, or the header: the statements are right.
                 raise SpoolBroken(f"can't be read ({error})") from error
             raise SpoolFault(f"{self.path}: {advice(self.path, error)}") from error
         except (sqlite3.DatabaseError, UnicodeDecodeError, OverflowError) as error:

@@ -226,7 +226,8 @@ class Queue:
         by = self.eras.correction_ms(reading.era)
         bounded = reading.quality == Quality.BOUNDED
         if by is None:
-            return msgspec.structs.replace(reading, quality=Quality.BOUNDED if bounded else Quality.UNSYNCED)
+            quality = Quality.BOUNDED if bounded else Quality.UNSYNCED
+            return reading if reading.quality == quality else msgspec.structs.replace(reading, quality=quality)
         quality = Quality.BOUNDED if bounded else Quality.CORRECTED
         return msgspec.structs.replace(reading, time_ms=reading.time_ms + by, quality=quality)
 
