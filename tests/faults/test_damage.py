@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import random
+import re
 import sqlite3
 import subprocess
 import sys
@@ -376,3 +377,20 @@ async def test_the_ledger_names_the_rows_whose_bytes_are_lost(rested: Store, tmp
         assert judge(rested, found, most_lost=600) == [] and unnamed(rested, found) == []
         total += any((gap.node, gap.first, gap.last) == ("n2", 0, 599) for gap in found.gaps)
     assert total >= 4
+
+
+async def test_a_row_that_claims_the_place_of_another_costs_only_itself(rested: Store, tmp_path: Path) -> None:
+    # Its number is in the tree's cell, so two rows can have the same one; the first was once handed out for the second.
+    total = 0
+    for at, cell in enumerate(cells(rested.files[MAIN])):
+        for bit in range(3):
+            found = await opened(rested, tmp_path / f"{at}-{bit}", main=flipped(rested.files[MAIN], cell, bit))
+            assert judge(rested, found, most_lost=2) == [], (cell, bit)
+            total += len(found.delivered["a"]) < len(rested.outstanding["a"])
+    assert total > 10
+
+
+def cells(main: bytes) -> list[int]:
+    """Where the last byte of the place of some rows of the bulk lane lies: a number of nine bytes, then the header."""
+    found = [match.end() for match in re.finditer(rb"\x80\xc0\x80\x80\x80\x80\x80\x80", main)]
+    return [at for at in found if main[at + 1] in range(11, 16) and main[at + 2] == 0][:12]

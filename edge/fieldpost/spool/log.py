@@ -65,7 +65,7 @@ class Log:
         self._db: sqlite3.Connection | None = None
         self._sql = statements()
         self._page_bytes = PAGE_BYTES
-        self._recent: dict[int, list[Reading]] = {}
+        self._recent: dict[tuple[int, ...], list[Reading]] = {}
         self._is_new = False
         self._is_believed = True
         self._pruned_to: dict[LaneName, int] = {}
@@ -264,7 +264,6 @@ class Log:
             for lane, first, readings in work.batches:
                 self._add(db, lane, first, first + len(readings), readings, work.at_ms, thinned=False)
             for info, readings in work.work.replaced:
-                self._recent.pop(place(info.lane, info.first), None)
                 self._add(db, info.lane, info.first, info.past, readings, info.at_ms, thinned=True)
             write_state(db, self._sql, work.state)
             self._add_records(db, work.work)
@@ -391,11 +390,12 @@ class Log:
 
     def _decoded(self, row: tuple[Any, ...]) -> list[Reading] | None:
         """A batch's readings, None where damaged; the last few are kept: a route takes a batch in several bites."""
-        readings = self._recent.get(row[0])
+        key = row[:8]  # with its checksum: a damaged row may say that its place is that of another
+        readings = self._recent.get(key)
         if readings is None:
             readings = decode_row(row)
             if readings is not None:
-                self._recent[row[0]] = readings
+                self._recent[key] = readings
                 if len(self._recent) > 2:
                     del self._recent[next(iter(self._recent))]
         return readings
@@ -403,6 +403,8 @@ class Log:
     def _quarantine(self, row: tuple[Any, ...]) -> Ids:
         """Move a damaged batch aside; returns who was in it, as far as that can be told."""
         with self._guard(), self._transaction() as db:
+            if len(db.execute(self._sql["list_batches"], (row[0], row[0] + 1, 2)).fetchall()) != 1:
+                raise sqlite3.DatabaseError(f"several rows are at {row[0]}, or no way leads there")
             self._set_aside_row(db, "batch", row)
             if db.execute(self._sql["delete_batch"], (row[0],)).rowcount != 1:
                 raise sqlite3.DatabaseError(f"no way leads to the row at {row[0]}")
