@@ -36,7 +36,6 @@ prove: servers $(VENV)/test.stamp $(UPY)/umqtt/simple.py
 	$(BIN)/python -m tests.faults.crash
 	$(BIN)/python -m tests.faults
 	$(BIN)/python -m tests.bench
-	$(BIN)/python -m tests.faults.damage
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
