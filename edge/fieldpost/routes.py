@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
@@ -26,8 +27,8 @@ def message(
 
 
 def message_id(readings: Sequence[Reading]) -> str:
-    """A single reading's own id; of more, a digest over all ids and their count: it travels with every message."""
+    """A single reading's own id; of more, 72 bits of a digest over all ids: it travels with every message."""
     if len(readings) == 1:
         return readings[0].id
-    digest = hashlib.sha256("\n".join(reading.id for reading in readings).encode()).hexdigest()[:16]
-    return f"{digest}+{len(readings)}"
+    digest = hashlib.sha256("\n".join(reading.id for reading in readings).encode()).digest()
+    return base64.urlsafe_b64encode(digest[:9]).decode()
