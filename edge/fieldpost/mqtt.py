@@ -46,7 +46,7 @@ class Address:
         return str(self.socket) if self.socket else f"{self.host}:{self.port}"
 
 
-class Incoming(msgspec.Struct, frozen=True):
+class Incoming(msgspec.Struct, frozen=True, gc=False):
     """A message from the broker. `mid` is what `acknowledge` wants; 0 where the message needs none."""
 
     topic: str

@@ -43,7 +43,7 @@ class Anchor(msgspec.Struct, frozen=True, array_like=True):
     precision_ms: Count
 
 
-class _Data(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class _Data(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     version: int
     install: Install
     boot: Boot
@@ -56,7 +56,7 @@ class _Data(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     rows: Annotated[list[Row], msgspec.Meta(max_length=MAX_ROWS)]
 
 
-class Data(msgspec.Struct, frozen=True):
+class Data(msgspec.Struct, frozen=True, gc=False):
     """Rows of one boot. `ages_ms` count back from `uptime_ms`; row n has seq `first_seq + n`.
 
     `current` tells whether the boot is the one that the node is in; else `anchor` is its time as it last knew
