@@ -81,10 +81,12 @@ class Folder:
         another. A log beside it may know better, and so may the journal of a file that is being made: then None."""
         if self.log.exists() and self.main.exists() and 0 < self.main.stat().st_size < LEAST_BYTES:
             raise SpoolBroken("is no database")  # SQLite would begin a new one, and drop the log
-        if self.main.is_file() and self._page(1)[18:20] not in (b"", b"\1\1", b"\2\2"):
+        is_beside = any(self.main.with_name(self.main.name + suffix).exists() for suffix in ("-wal", "-journal"))
+        page = self._page(1)
+        is_torn = is_beside and not any(page[20:])  # cut off as it was made: what is beside has the whole of it
+        if page[18:20] not in (b"", b"\1\1", b"\2\2") and not is_torn:
             raise SpoolBroken("has a damaged header")  # SQLite would not write to it
-        beside = (self.main.with_name(self.main.name + suffix) for suffix in ("-wal", "-journal"))
-        if not self.main.exists() or any(one.exists() for one in beside):
+        if not self.main.exists() or is_beside:
             return None
         with self.main.open("rb") as file:
             header = file.read(100)
@@ -189,8 +191,9 @@ class Folder:
         sync(self.main.parent)
 
     def put_in_place(self, aside: Path) -> None:
-        """Set the old one aside and put the ready one there; a main file must never be beside another one's log."""
-        for suffix in ("", "-wal", "-shm"):
+        """Set the old one aside and put the ready one there; a main file must never be beside another one's log or
+        journal, which SQLite would take for its own."""
+        for suffix in ("", "-journal", "-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):
                 self.main.with_name(self.main.name + suffix).rename(f"{aside}{suffix}")
                 sync(self.main.parent)
