@@ -336,7 +336,7 @@ def report(seed: int, points: int, cuts: Tally, failed: Tally, took_s: float) ->
 
 def main() -> int:
     arguments = argparse.ArgumentParser(prog="python -m tests.faults.crash", description=__doc__)
-    arguments.add_argument("--seed", type=int, default=1)
+    arguments.add_argument("--seed", type=int, default=random.SystemRandom().randrange(100_000))
     arguments.add_argument("--points", type=int, default=0, help="points of each seed's run; 0: all")
     chosen = arguments.parse_args()
     cuts, failed, took_s = prove(chosen.seed, chosen.points)
