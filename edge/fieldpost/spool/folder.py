@@ -101,18 +101,23 @@ class Folder:
     def note_open(self) -> None:
         """From now on a log must be beside the file: a kill leaves both."""
         self._open.touch(0o600)
+        if self._open.stat().st_size:
+            os.truncate(self._open, 0)
 
     def let_the_log_go(self) -> None:
         """Before SQLite empties or deletes the log; on the disk too, so that no power cut leaves only the note."""
         if self._open.exists():
-            self._open.unlink()
+            try:
+                self._open.unlink()
+            except OSError:
+                _write(self._open, b"gone")  # a disk that does not delete may write
             sync(self.main.parent)
 
     def mend_log(self) -> None:
         """Have a flipped bit in the log cost no more than itself. Raises SpoolBroken where more is lost."""
         content = self.log.read_bytes() if self.log.is_file() else b""
         if not content:
-            if self._open.exists() and self.main.exists():
+            if self._open.exists() and not self._open.stat().st_size and self.main.exists():
                 raise SpoolBroken("has lost its write-ahead log, which was there when it was last used")
             return
         mended = mend(content, self._page_bytes, self._page)
