@@ -94,7 +94,7 @@ async def test_a_poison_reading_is_set_aside_alone_with_the_far_sides_reason(tmp
         spool.append(readings(0, 25))
         await until_async(lambda: spool.backlog("all") == 0, "all but the bad ones are confirmed")
         assert route.status().set_aside == len(bad)
-        await spool._commit_all()
+        await spool._commit()
         given_up = {(event.first, event.why) for _, event in await spool.ledger(9)}
     assert given_up == {(seq, "set aside: all: too hot") for seq in bad}
     assert sorted(seqs(uplink.delivered)) == [seq for seq in range(25) if seq not in bad]

@@ -394,7 +394,7 @@ async def test_ages_are_by_a_clock_that_no_setting_moves(tmp_path: Path) -> None
         assert own(await taken(spool, "r")) == []
         assert len(own(await taken(spool, "other"))) == 20
         assert (await spool.status()).ledger == {"expired": 1}
-        await spool._commit_all()
+        await spool._commit()
         ((_, event),) = await spool.ledger(9)
         assert (event.first, event.last, event.why) == (0, 19, "expired: route r")
 

@@ -390,7 +390,7 @@ async def test_at_the_limit_rows_go_and_the_gap_records_of_before_stay(tmp_path:
         gaps = [Event("gap", "n2", INSTALL, 1, seq, seq, "dropped by the node") for seq in range(0, 40, 2)]
         for gap in gaps:
             spool.report(gap)
-            await spool._commit_all()
+            await spool._commit()
         for first in range(0, 20_000, 500):
             if "given up" in (await spool.status()).ledger:
                 break

@@ -74,7 +74,7 @@ async def build(folder: Path) -> Store:
 
     async def write(first: int, past: int, node: str = "n1", urgent: set[int] | None = None) -> None:
         spool.append(readings(first, past, node=node), urgent or set())
-        await spool._commit_all()
+        await spool._commit()
 
     await write(0, 20)
     for route in ROUTES:
@@ -107,9 +107,9 @@ async def build_rested(folder: Path) -> Store:
         spool.keep_manifest(MANIFEST)
         for first in range(0, 80, 2):
             spool.append(readings(first, first + 2), {first} if first % 8 == 0 else set())
-            await spool._commit_all()
+            await spool._commit()
         spool.append([reading(seq, node="n2", values=(zlib.crc32(b"%d" % seq),)) for seq in range(600)])
-        await spool._commit_all()
+        await spool._commit()
         batch = await spool.take("b", "live", 7)
         assert batch is not None
         spool.confirm("b", batch)

@@ -392,13 +392,13 @@ class Spool:
 
     async def refused(self) -> list[Refused]:
         """What is set aside."""
-        await self._commit_all()
+        await self._commit()
         return await self._look(self._card.log.refused)
 
     async def settle(self, refused: Refused, *, dropped: bool) -> None:
         """A reading that was set aside was delivered after all, or is given up."""
         self.queue.settled(refused, dropped=dropped)
-        await self._commit_all()
+        await self._commit()
 
     async def ledger(self, limit: int) -> list[tuple[int, Event]]:
         """The newest entries that are on the card, newest first."""
@@ -406,7 +406,7 @@ class Spool:
 
     async def verify(self) -> Report:
         """Compare everything on the card with its checksums."""
-        await self._commit_all()
+        await self._commit()
         return await self._card.run(self._card.log.verify)
 
     async def repair(self, why: str) -> None:
@@ -417,7 +417,7 @@ class Spool:
     async def page(self, lane: LaneName, position: int, limit: int) -> tuple[list[Reading], int | None]:
         """Stored readings from a position on, for an export; and where the next page begins, None: at the end."""
         if position == 0:
-            await self._commit_all()
+            await self._commit()
         end = self.queue.lanes[lane].committed
         for few in (3, -1):  # a damaged row may hide the next
             infos = await self._look(self._card.log.infos, lane, position, limit=few, covering=True)
@@ -430,11 +430,6 @@ class Spool:
         for first, past, ids in piece.damage:
             self.queue.damaged(lane, first, past, ids)
         return self.queue.dated(piece.readings), piece.past
-
-    async def _commit_all(self) -> None:
-        """Have everything written that waits. Raises SpoolFault."""
-        async with self._committing:
-            await self._commit_once()
 
     # How it is.
 
@@ -505,6 +500,7 @@ class Spool:
             self._wakes_at = None
 
     async def _commit(self) -> None:
+        """Have what waits written, up to what one transaction takes. Raises SpoolFault."""
         async with self._committing:
             await self._commit_once()
 

@@ -125,7 +125,7 @@ class Queue:
         self._begin_progress(opened)
         self.counts = dict(opened.counts)
         self.set_aside_count = opened.set_aside
-        self.repeats = self.commits = self.taken = self.confirmed = self.expired = self.replacements = 0
+        self.repeats = self.commits = self.taken = self.replacements = 0
         self._event_seq = 0
         self._dirty_routes: set[tuple[str, LaneName]] = set(self.progress)
         self._confirmed_unsaved = 0
@@ -549,7 +549,6 @@ class Queue:
     def expire(self, route: str, name: LaneName, first: int, past: int, readings: Sequence[Reading]) -> None:
         """These readings are too old for a route's `ttl`."""
         self.skip(route, name, first, past)
-        self.expired += len(readings)
         for node, install, boot, low, high in ids_of(readings):
             self.report(Event("gap", node, install, boot, low, high, f"expired: route {route}"))
 
